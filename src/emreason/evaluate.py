@@ -1,0 +1,184 @@
+"""`emreason-eval [overrides]`: evaluate a base model or a finished run on a dataset's split."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from emreason.answers import answer_line_complete, correct, extract
+from emreason.experiment import CONF, Experiment, build, report_errors
+from emreason.journal import write_json
+from emreason.progress import bar
+from emreason.recorder import write_predictions
+from emreason.samplers import Scheme, draw_seed
+from emreason.scoring import Stopwatch, mean, predict, score, token_logprobs
+from emreason.stats import pass_at_k, wilson
+from emreason.train import quiet
+from emreason.types import Question, Request, UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate as `conf/evaluate.yaml` says; writes `evaluation_<split>.json` into `folder` and returns its content.
+
+    Raises:
+        UserError: the run, the split or the method is not there.
+    """
+    if cfg.split not in SPLITS:
+        raise UserError(f"split={cfg.split!r} is not known; use {', '.join(SPLITS)}.")
+    if cfg.method not in ("generate", "loglikelihood"):
+        raise UserError(f"method={cfg.method!r} is not known; use generate or loglikelihood.")
+    experiment = build(cfg)
+    questions = experiment.dataset.questions(cfg.split)
+    watch = Stopwatch()
+    result: dict[str, Any] = {"dataset": cfg.dataset.name, "model": cfg.model.name, "split": cfg.split, "method": cfg.method}
+    if cfg.method == "loglikelihood":
+        choices = letter_logprobs(experiment, questions, cfg.examples)
+        hits = sum(choice == question.answer for choice, question in zip(choices, questions, strict=True))
+        result |= {"accuracy": hits / len(questions), "n": len(questions), "ci95": list(wilson(hits, len(questions)))}
+        result["answers"] = {question.id: choice for choice, question in zip(choices, questions, strict=True)}
+    else:
+        scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+        parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
+        with bar(f"Evaluation, {cfg.split}", len(questions), "questions") as progress:
+            predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
+        result |= score(predictions, watch.seconds)
+        if cfg.predictions:
+            write_predictions(folder, f"evaluation_{cfg.split}", predictions)
+        if cfg.samples:
+            result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
+    result["seconds"] = watch.seconds
+    write_json(folder / f"evaluation_{cfg.split}.json", result)
+    return result
+
+
+def sampled(
+    experiment: Experiment, questions: Sequence[Question], scheme: Scheme, *, k: int, n_examples: int, seed: int
+) -> dict[str, float | None]:
+    """pass@1 … pass@k (unbiased, Chen et al. 2021) and maj@k from k draws per question under the plain prompt."""
+    by_id = {question.id: question for question in questions}
+    answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
+    tokenizer = experiment.tokenizer
+
+    def stop(question: Question) -> Any:
+        return lambda ids: answer_line_complete(tokenizer.decode(ids), question)
+
+    queue = deque(
+        Request((q.id, i), experiment.prompts.ids(q, "question", n_examples), scheme.params, draw_seed(seed, -1, q.id, i), stop(q))
+        for q in questions
+        for i in range(k)
+    )
+    with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
+        for completion in experiment.engine.generate(queue):
+            question = by_id[completion.request.key[0]]  # type: ignore[index]
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            answers[question.id].append(extract(str(text), question))
+            progress.update(1, len(completion.token_ids))
+    hits = {key: sum(correct(a, by_id[key]) for a in given) for key, given in answers.items()}
+    result = {f"pass@{i}": mean(pass_at_k(k, c, i) for c in hits.values()) for i in _powers(k)}
+    result[f"maj@{k}"] = mean(float(correct(_majority(given), by_id[key])) for key, given in answers.items())
+    return result
+
+
+def _powers(k: int) -> list[int]:
+    return sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k})
+
+
+def _majority(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer; the earliest of equals; None only if there is none."""
+    given = [answer for answer in answers if answer is not None]
+    return Counter(given).most_common(1)[0][0] if given else None
+
+
+@torch.no_grad()
+def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:
+    """For each multiple-choice question the letter with the highest log π(" A" | prompt + "Answer:"); no reasoning.
+
+    Raises:
+        UserError: a question has no choices.
+    """
+    experiment.model.eval()
+    device = next(experiment.model.parameters()).device
+    best = []
+    cue = experiment.tokenizer.encode("Answer:", add_special_tokens=False)
+    with bar("Evaluation, log-likelihood", len(questions), "questions") as progress:
+        for question in questions:
+            if not question.choices:
+                raise UserError("method=loglikelihood compares answer letters, but this dataset has no choices; use method=generate.")
+            prompt = [*experiment.prompts.ids(question, "question", n_examples), *cue]
+            letters = [experiment.tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in question.letters]
+            width = len(prompt) + max(map(len, letters))
+            ids = torch.zeros((len(letters), width), dtype=torch.long, device=device)
+            mask = torch.zeros((len(letters), width), dtype=torch.bool, device=device)
+            for row, letter in enumerate(letters):
+                ids[row, : len(prompt) + len(letter)] = torch.tensor([*prompt, *letter])
+                mask[row, len(prompt) : len(prompt) + len(letter)] = True
+            logprobs = token_logprobs(experiment.model, ids, mask)
+            sums = torch.zeros(len(letters), device=device).index_add(0, mask.nonzero()[:, 0], logprobs)
+            best.append(question.letters[int(sums.argmax())])
+            progress.update(1, int(mask.sum()))
+    return best
+
+
+def with_run(cfg: DictConfig, dataset_given: bool) -> DictConfig:
+    """The config with model, dataset and decoding of the finished run `cfg.run`.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    folder = Path(cfg.run)
+    if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
+        raise UserError(f"run={cfg.run}: no finished run is there (config.yaml and model/ are missing); finish it with `emreason` first.")
+    trained = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(trained, DictConfig)
+    with open_dict(cfg):
+        cfg.sampler = trained.sampler
+        cfg.model.name = trained.model.name
+        if not dataset_given:
+            cfg.dataset = trained.dataset
+        if (folder / "model" / "adapter_config.json").exists():
+            cfg.model.load = trained.model.load
+            cfg.peft = {"name": "trained", "add": {"_target_": "emreason.model.load_adapter", "_partial_": True, "folder": f"{folder}/model"}}
+        else:
+            cfg.model.load = {"_target_": "emreason.model.load_pretrained", "path": str(folder / "model")}
+    return cfg
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
+def _task(cfg: DictConfig) -> float:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.run is not None:
+        choices = HydraConfig.get().overrides.task
+        cfg, folder = with_run(cfg, any(c.startswith("dataset=") for c in choices)), Path(cfg.run)
+    result = evaluate(cfg, folder)
+    table = Table(title=f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for key, value in result.items():
+        if isinstance(value, float):
+            table.add_row(key, f"{value:.3f}")
+    table.add_row("n", str(result["n"]))
+    table.add_row("95 % interval of accuracy", "{:.3f} – {:.3f}".format(*result["ci95"]))
+    Console().print(table)
+    print(f"Written: {folder / f'evaluation_{cfg.split}.json'}")
+    return float(result["accuracy"])
+
+
+def main() -> None:
+    """Console script `emreason-eval`."""
+    quiet()
+    report_errors(_task)
+
+
+if __name__ == "__main__":
+    main()

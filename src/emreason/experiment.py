@@ -1,0 +1,118 @@
+"""From a config to its parts: dataset, prompts, model, engine. Shared by training and evaluation."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from emreason.datasets import Dataset
+from emreason.model import choose_dtype
+from emreason.prompts import Prompts
+from emreason.types import Engine, UserError
+
+_INSTALLED = Path(__file__).resolve().parent / "conf"
+CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf")
+"""The config tree: inside the package once installed, at the top of the repository in a checkout."""
+
+MAY_CHANGE = ("trainer", "logger", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
+"""Config keys that a resumed run may change: they do not alter what is sampled or learned."""
+
+
+@dataclass
+class Experiment:
+    """The parts of a run or an evaluation."""
+
+    dataset: Dataset
+    prompts: Prompts
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    dtype: torch.dtype
+
+
+def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
+    """Load data first (its errors are cheap), then the model.
+
+    Args:
+        dtype: what an earlier part of this run resolved `engine.dtype=auto` to.
+
+    Raises:
+        UserError: data or model cannot be loaded.
+    """
+    dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
+    for split in ("train", "validation", "test"):
+        dataset.questions(split)  # type: ignore[arg-type]
+    hydra.utils.instantiate(cfg.sampler)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
+    wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    chosen = choose_dtype(wanted, device)
+    # partials: objects passed through `instantiate` would be copied
+    model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
+    if "add" in cfg.peft:
+        model = hydra.utils.instantiate(cfg.peft.add)(model)
+    engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
+    prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
+
+
+def resolve(cfg: DictConfig) -> str:
+    """The config with every interpolation resolved, as YAML."""
+    return OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
+
+
+def check_same_config(folder: Path, config: str) -> None:
+    """Refuse to continue a run under another config.
+
+    Raises:
+        UserError: what `folder/config.yaml` says differs in a key that alters the run; names the keys and the ways out.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    before, now = flatten(OmegaConf.to_container(OmegaConf.load(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    differing = [
+        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
+            "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}
+
+
+@functools.cache
+def console() -> Console:
+    """Where people are told what happens: stderr, model text never read as markup."""
+    return Console(stderr=True, markup=False)
+
+
+def report_errors(task: Callable[[], Any]) -> None:
+    """Run a console script: a `UserError` becomes one sentence on stderr and exit code 1, never a traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        task()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

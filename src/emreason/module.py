@@ -1,0 +1,310 @@
+"""The LightningModule: the M-step's weighted NLL, and evaluation by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from emreason.datamodule import Normalize, Step
+from emreason.progress import bar
+from emreason.prompts import Prompts
+from emreason.scoring import Prediction, Stopwatch, predict, score, token_logprobs
+from emreason.types import Engine, Question, UserError
+
+
+@dataclass(frozen=True)
+class MStep:
+    """How one M-step turns accepted rationales into an update; `m_step` in the config.
+
+    Attributes:
+        epochs: passes over the accepted rationales.
+        batch_size: questions (`normalize: questions`) or rationales per optimizer step.
+        tokens_per_batch: padded tokens per forward pass; a step's batches accumulate their gradients.
+        init: weights the update starts from: `previous` (the paper) or `base` (original STaR, ReST-EM).
+        optimizer: `carry` the optimizer's moments over iterations or `reset` them.
+        normalize: see `datamodule.make_steps`.
+        max_grad_norm: gradients are scaled down to this norm; None is off.
+        warmup_steps: optimizer steps of linear warm-up, in the run (`carry`) or in each iteration (`reset`).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        on_zero_accepted: `error`, or `skip` the update of an iteration without accepted rationales.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    tokens_per_batch: int = 2048
+    init: Literal["previous", "base"] = "previous"
+    optimizer: Literal["carry", "reset"] = "carry"
+    normalize: Normalize = "questions"
+    max_grad_norm: float | None = 1.0
+    warmup_steps: int = 0
+    gradient_checkpointing: bool = False
+    on_zero_accepted: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "tokens_per_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"m_step.{name}={value!r}: it must be a whole number of at least 1.")
+        allowed: dict[str, tuple[str, ...]] = {
+            "init": ("previous", "base"),
+            "optimizer": ("carry", "reset"),
+            "normalize": ("questions", "rationales", "tokens"),
+            "on_zero_accepted": ("error", "skip"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"m_step.{name}={getattr(self, name)!r} is not known; use {' or '.join(values)}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise UserError(f"m_step.max_grad_norm={self.max_grad_norm}: it must be above 0, or null for no clipping.")
+        if self.warmup_steps < 0:
+            raise UserError(f"m_step.warmup_steps={self.warmup_steps}: it must be at least 0.")
+
+
+class EMModule(L.LightningModule):
+    """A causal LM under EM. Lightning's epoch k is EM iteration k; its train loader holds that iteration's optimizer steps.
+
+    Args:
+        model: the transformers (or PEFT) model; the engine samples from the same weights.
+        optimizer: makes the optimizer from the parameters, e.g. a partial of `torch.optim.AdamW`.
+        max_new_tokens: of greedy evaluation.
+        forced: also measure accuracy with a forced answer line.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        prompts: Prompts,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        m_step: MStep,
+        max_new_tokens: int = 256,
+        forced: bool = True,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints of adapters leave the frozen base out
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.prompts = prompts
+        self.make_optimizer = optimizer
+        self.m_step = m_step
+        self.max_new_tokens = max_new_tokens
+        self.forced = forced
+        self.predictions: dict[str, list[Prediction]] = {}
+        self.scores: dict[str, dict[str, Any]] = {}
+        self.m_step_record: dict[str, Any] = {}
+        self._base = [p.detach().cpu().clone() for p in self.trainable()] if m_step.init == "base" else []
+        self._masters: list[nn.Parameter] = []
+        self._restored_masters: list[Tensor] | None = None
+        if m_step.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters the M-step changes."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ARG002
+        return batch  # questions stay where they are; a step's batches move one at a time
+
+    # ---- M-step ----------------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = self.trainable()
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+            self._masters = master_weights(parameters, self._restored_masters)
+            optimizer = self.make_optimizer(self._masters)
+            optimizer.register_step_post_hook(lambda *_: self._publish_masters())
+        else:
+            optimizer = self.make_optimizer(parameters)
+        warmup = self.m_step.warmup_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        for parameter, master in zip(self.trainable(), self._masters, strict=True):
+            parameter.copy_(master)
+
+    def on_train_epoch_start(self) -> None:
+        self.train()  # models from `from_pretrained` start in eval mode
+        self._watch = Stopwatch()
+        self._sums = {"nll": 0.0, "tokens": 0.0, "steps": 0.0}
+        optimizer = self._optimizer()
+        if self.m_step.init == "base":
+            with torch.no_grad():
+                for parameter, base in zip(self.trainable(), self._base, strict=True):
+                    parameter.copy_(base)
+                for master, base in zip(self._masters, self._base, strict=False):
+                    master.copy_(base)
+        if self.m_step.optimizer == "reset":
+            optimizer.state.clear()
+            schedule: Any = self.lr_schedulers()
+            schedule.last_epoch = -1
+            schedule.step()
+
+    def _optimizer(self) -> Optimizer:
+        optimizer: Any = self.optimizers()
+        return optimizer.optimizer
+
+    def training_step(self, step: Step, batch_idx: int) -> None:
+        """One optimizer step of the filtered gradient update, paper eq. for the M-step: Σᵢ rᵢ ∇ log π(ẑᵢ, ŷᵢ | xᵢ; θ).
+
+        Raises:
+            UserError: loss or gradient is not finite; the optimizer step is not taken and the message names the questions.
+        """
+        optimizer: Any = self.optimizers()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nll, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        for batch in step.batches:
+            batch = batch.to(self.device)
+            logprobs = token_logprobs(self.model, batch.input_ids, batch.completion_mask)
+            per_row = torch.zeros_like(batch.weights).index_add(0, batch.row_of_token, -logprobs)
+            loss = (per_row * batch.weights).sum()
+            if not torch.isfinite(loss):
+                raise _not_finite("loss", batch_idx, [batch.question_ids])
+            loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
+            nll += per_row.detach().sum()
+            tokens += len(logprobs)
+        if not self._any_rank(bool(step.batches)):
+            return  # an iteration skipped for want of accepted rationales
+        self._reduce_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.m_step.max_grad_norm or float("inf"))
+        if not torch.isfinite(norm):
+            raise _not_finite("gradient", batch_idx, [b.question_ids for b in step.batches])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        totals = self._reduce(torch.tensor([float(nll), float(tokens)], dtype=torch.float64))
+        self._sums = {
+            "nll": self._sums["nll"] + float(totals[0]),
+            "tokens": self._sums["tokens"] + float(totals[1]),
+            "steps": self._sums["steps"] + 1,
+        }
+        values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
+        self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self) -> None:
+        self.finish_m_step()
+
+    def finish_m_step(self) -> None:
+        """Close this iteration's M-step record: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds."""
+        if not self.m_step_record:
+            sums = self._sums
+            self.m_step_record = {
+                "nll": sums["nll"] / sums["tokens"] if sums["tokens"] else None,
+                "steps": int(sums["steps"]),
+                "tokens": int(sums["tokens"]),
+                "seconds": self._watch.seconds,
+            }
+
+    # ---- ranks -----------------------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def _any_rank(self, value: bool) -> bool:
+        return bool(self._reduce(torch.tensor([float(value)]))[0] > 0)
+
+    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over ranks. The weights of a step's rationales already hold the normalisation, so it is a sum, not a mean."""
+        if dist.is_available() and dist.is_initialized():
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, on every rank."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return items
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    # ---- evaluation by generation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, questions: list[Question], label: str, n_examples: int = 0) -> tuple[dict[str, Any], list[Prediction]]:
+        """SCORE and predictions of this rank's `questions` together with all other ranks'."""
+        watch = Stopwatch()
+        with bar(label, len(questions), "questions", enabled=self.global_rank == 0) as progress:
+            mine = predict(
+                questions,
+                self.engine,
+                self.prompts,
+                self.tokenizer,
+                max_new_tokens=self.max_new_tokens,
+                n_examples=n_examples,
+                forced=self.forced,
+                bar=progress,
+            )
+        predictions = sorted(self.gather(mine), key=lambda p: p.question_id)
+        return score(predictions, watch.seconds, self.forced), predictions
+
+    def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
+        self.finish_m_step()
+        self._evaluation_step(questions, "validation", f"Validation {self.current_epoch}")
+
+    def test_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluation_step(questions, "test", "Test")
+
+    def _evaluation_step(self, questions: list[Question], split: str, label: str) -> None:
+        self.scores[split], self.predictions[split] = self.evaluate(questions, label)
+        values = {f"{split}/{k}": float(v) for k, v in self.scores[split].items() if isinstance(v, (int, float))}
+        self.log_dict({**values, "iteration": float(self.current_epoch)}, rank_zero_only=False, batch_size=1)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainable = {f"model.{name}" for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        if self._masters and checkpoint.get("optimizer_states"):
+            checkpoint["master_weights"] = [m.detach() for m in self._masters]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored_masters = checkpoint.get("master_weights")
+
+
+def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor] | None = None) -> list[nn.Parameter]:
+    """fp32 twins of low-precision parameters, for an optimizer to work on.
+
+    Gradients move to the twins as they arrive (so they accumulate in fp32 and their low-precision copies are freed at once). Small updates
+    would vanish in bf16: below 2⁻⁸ of a weight they round to nothing.
+    """
+    sources = parameters if restored is None else restored
+    masters = [nn.Parameter(s.detach().to(device=p.device, dtype=torch.float32).clone()) for p, s in zip(parameters, sources, strict=True)]
+
+    def move(master: nn.Parameter) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            parameter.grad = None
+
+        return hook
+
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.register_post_accumulate_grad_hook(move(master))
+    return masters
+
+
+def _not_finite(what: str, step: int, question_ids: Sequence[Sequence[str]]) -> UserError:
+    names = ", ".join(sorted({i for ids in question_ids for i in ids})[:20])
+    return UserError(
+        f"The {what} of optimizer step {step} is not finite (questions {names}); nothing was updated and the last checkpoint is intact: "
+        "lower optimizer.lr, set m_step.max_grad_norm, or use engine.dtype=float32."
+    )

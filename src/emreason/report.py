@@ -1,0 +1,107 @@
+"""`emreason-report PATH...`: the paper's table, figures and one self-contained page over any set of run folders."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from emreason import tables
+from emreason.comparison import Comparison, compare
+from emreason.figures import draw_all, palette
+from emreason.report_html import render
+from emreason.runs import Run, collect, label_variants
+from emreason.types import UserError
+
+__all__ = ["collect", "main", "print_runs", "write_report"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exits 2 with one sentence on stderr where the input is bad; unfinished runs are named, not errors."""
+    parser = argparse.ArgumentParser(
+        prog="emreason-report", description="Tables (Markdown, CSV, LaTeX), figures (PNG, PDF) and a page (HTML) over run folders."
+    )
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="run folders, or folders above them (searched for summary.json)")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: report/ under the common parent of the paths)")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = collect(arguments.paths)
+        out = Path(arguments.out) if arguments.out else _common_parent(arguments.paths) / "report"
+        print_runs(runs, Console())
+        written = write_report(runs, out)
+    except UserError as error:
+        print(f"emreason-report: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("Written:", *(f"  {path}" for path in written), sep="\n")
+
+
+def _common_parent(paths: Sequence[str]) -> Path:
+    common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))  # noqa: PTH100  (symlinks stay as typed)
+    return common if common.is_dir() else common.parent
+
+
+def print_runs(runs: Sequence[Run], console: Console) -> None:
+    """Print the comparison over seeds, the runs one by one, and what did not count."""
+    runs = label_variants(runs)
+    comparison = compare(runs)
+    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
+    if shown:
+        listed = tables.runs_table(shown)
+        fits = console.measure(tables.rich_table(listed)).maximum <= console.width
+        for table in [listed] if fits else tables.halves(listed):
+            console.print(tables.rich_table(table))
+        console.print(tables.rich_table(tables.paper_table(comparison)))
+        console.print(Text(tables.caption(), style="dim"))
+    for note in comparison.notes:
+        console.print(Text(tables.plain(note), style="yellow"))
+
+
+def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
+    """Write tables, figures and `report.html` into `out_dir` (made if absent) and return the files written.
+
+    Raises UserError where the folder cannot be written.
+    """
+    out = Path(out_dir)
+    runs = label_variants(runs)
+    comparison = compare(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        texts = _tables(runs, comparison)
+        drawn = draw_all(runs, comparison, out / "figures")
+        texts["report.html"] = render(runs, comparison, drawn, palette(runs))
+        for name, text in texts.items():
+            # A lone surrogate in a sampled text is no reason to lose the report.
+            (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"The report cannot be written to {out}: {error.strerror or error}.") from error
+    return [*(out / name for name in texts), *(file for figure in drawn for file in figure.files)]
+
+
+def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
+    paper, pairs = tables.paper_table(comparison), tables.pairs_table(comparison)
+    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
+    listed = tables.runs_table(shown)
+    notes = "".join(f"- {tables.escape_markdown(note)}\n" for note in comparison.notes)
+    sections = [
+        f"## {paper.title}\n\n{tables.markdown(paper)}\n{tables.caption()}\n",
+        f"## Notes\n\n{notes}" if notes else "",
+        f"## {pairs.title}\n\n{tables.markdown(pairs)}" if pairs.rows else "",
+        f"## {listed.title}\n\n{tables.markdown(listed)}",
+    ]
+    return {
+        "table.md": "\n".join(section for section in sections if section),
+        "table.csv": tables.comma_separated([asdict(cell) for cell in comparison.cells]),
+        "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
+        "pairs.csv": tables.comma_separated([tables.pair_record(pair) for pair in comparison.pairs]),
+        "runs.csv": tables.comma_separated([record for run in runs for record in tables.run_records(run)]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Run folders read back: one `Run` per folder, whatever state it was left in. Nothing here averages or judges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from emreason.types import UserError
+
+SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
+# What may differ between two runs of one experiment.
+INCIDENTAL_SECTIONS = {"hydra", "logger", "paths"}
+INCIDENTAL_NAMES = {"dir", "run_dir", "output_dir", "save_dir", "dirpath", "default_root_dir", "data_root", "overwrite", "keep_checkpoints"}
+SCHEME_ORDER = {"rs": 0, "star": 1, "pps": 2}
+
+
+@dataclass(frozen=True)
+class Score:
+    """An evaluation. Accuracies in [0, 1]; `low`, `high` the 95 % Wilson interval; `positions` maps gold letter → (n, accuracy)."""
+
+    accuracy: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    forced_accuracy: float | None = None
+    extraction_rate: float | None = None
+    rationale_tokens: float | None = None
+    positions: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One EM iteration: acceptance and tokens of its E-step, seconds of E-step and M-step together, and the scores after it."""
+
+    index: int
+    acceptance: float
+    chance: float | None
+    tokens: int
+    seconds: float
+    rationale_tokens: float | None
+    errored: int
+    validation: Score | None
+    test: Score | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `problem` is a sentence where the run cannot count as a finished result, else None.
+
+    `status` is that of summary.json, or `missing` (no summary yet) or `unreadable`. `label` is the scheme as it is shown:
+    its name, with the config keys that set it apart where runs of one scheme differ. `config` is flat: dotted key → value.
+    """
+
+    folder: Path
+    dataset: str = "?"
+    model: str = "?"
+    scheme: str = "?"
+    sampler: str = "?"
+    seed: int | str = "?"
+    tag: str = ""
+    status: str = "missing"
+    problem: str | None = None
+    label: str = "?"
+    zero_shot: Score | None = None
+    few_shot: Score | None = None
+    start: Score | None = None
+    test: Score | None = None
+    iterations: tuple[Iteration, ...] = ()
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How notes call it: scheme, dataset, model, seed and place."""
+        return f"{self.label} on {self.dataset} with {self.model}, seed {self.seed} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        """The folder, relative to the working directory where it lies below it: reports are passed on, home folders are not."""
+        here = Path.cwd()
+        return str(self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder)
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Schemes in the paper's order (RS, STaR, PPS, then others), then by label."""
+        return SCHEME_ORDER.get(self.sampler, len(SCHEME_ORDER)), self.label
+
+
+def collect(paths: Sequence[str | Path]) -> list[Run]:
+    """Every run folder at or below `paths`, each once, sorted by dataset, model, scheme and seed.
+
+    Raises UserError where a path does not exist or nothing below the paths is a run folder. A torn or foreign
+    summary.json is no error: it comes back as a Run whose `problem` says what is wrong with it.
+    """
+    folders: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give run folders or a folder above them, such as outputs/.")
+        for folder in _run_folders(path.parent if path.name == "summary.json" else path):
+            folders[folder.resolve()] = None
+    if not folders:
+        raise UserError(f"There is no run folder (none with a summary.json) under {', '.join(map(str, paths))}.")
+    return label_variants([_read_run(folder) for folder in folders])
+
+
+def _run_folders(top: Path) -> Iterator[Path]:
+    for here, below, files in os.walk(top):
+        # A config without a summary is a run that was stopped before it could write one: it must be named, too.
+        if "summary.json" in files or ("config.yaml" in files and ".hydra" in below):
+            yield Path(here)
+        below[:] = sorted(b for b in below if b not in SKIPPED_FOLDERS)
+
+
+def _read_run(folder: Path) -> Run:
+    config = _read_config(folder / "config.yaml")
+    run = Run(folder, config=config, seed=config.get("seed", "?"), tag=str(config.get("tag") or ""))
+    path = folder / "summary.json"
+    if not path.exists():
+        return replace(run, problem="no summary.json, it was stopped before it could write one")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        run = _parse(run, summary)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"lacks the key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        return replace(run, status="unreadable", problem=f"summary.json cannot be read ({reason})")
+    return replace(run, problem=_problem(run, summary.get("error")))
+
+
+def _problem(run: Run, error: object) -> str | None:
+    because = f": {' '.join(str(error).split())[:300]}" if error else ""
+    if run.status == "finished":
+        return None if run.test else "finished without a test score"
+    done = f"{len(run.iterations)} iteration{'' if len(run.iterations) == 1 else 's'} done"
+    if run.status == "running":
+        return f"not finished, {done} (still running, or killed)"
+    return f"{run.status}, {done}{because}"
+
+
+def _parse(run: Run, summary: dict[str, Any]) -> Run:
+    baseline = summary.get("baseline") or {}
+    sampler = str(summary["sampler"])
+    scheme = str(summary.get("scheme") or sampler)
+    return replace(
+        run,
+        dataset=str(summary["dataset"]),
+        model=str(summary["model"]),
+        sampler=sampler,
+        scheme=scheme,
+        label=scheme,
+        seed=summary["seed"] if isinstance(summary["seed"], int) else str(summary["seed"]),
+        tag=str(summary.get("tag") or run.tag),
+        status=str(summary["status"]),
+        zero_shot=_score(baseline.get("zero_shot")),
+        few_shot=_score(baseline.get("few_shot")),
+        start=_score(baseline.get("validation")),
+        test=_score(summary.get("test")),
+        iterations=tuple(_iteration(i) for i in summary.get("iterations") or []),
+        seconds=_number(summary.get("seconds")),
+        peak_memory_bytes=summary.get("peak_memory_bytes"),
+    )
+
+
+def _iteration(row: dict[str, Any]) -> Iteration:
+    e_step, m_step = row["e_step"], row.get("m_step") or {}
+    questions = int(e_step.get("questions") or 0)
+    rate = e_step.get("acceptance_rate")
+    return Iteration(
+        index=int(row["iteration"]),
+        acceptance=float(rate if rate is not None else int(e_step.get("accepted") or 0) / max(1, questions)),
+        chance=_number(e_step.get("chance_acceptance")),
+        tokens=int(e_step.get("tokens") or 0),
+        seconds=(_number(e_step.get("seconds")) or 0.0) + (_number(m_step.get("seconds")) or 0.0),
+        rationale_tokens=_number(e_step.get("rationale_tokens_mean")),
+        errored=int(e_step.get("errored") or 0),
+        validation=_score(row.get("validation")),
+        test=_score(row.get("test")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(float(value)) else None
+
+
+def _score(row: dict[str, Any] | None) -> Score | None:
+    if row is None:
+        return None
+    accuracy = float(row["accuracy"])
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"accuracy {accuracy} is not in [0, 1]")
+    low, high = row.get("ci95") or (None, None)
+    return Score(
+        accuracy=accuracy,
+        n=int(row["n"]),
+        low=_number(low),
+        high=_number(high),
+        forced_accuracy=_number(row.get("forced_accuracy")),
+        extraction_rate=_number(row.get("extraction_rate")),
+        rationale_tokens=_number(row.get("rationale_tokens_mean")),
+        positions={str(k): (int(v["n"]), float(v["accuracy"])) for k, v in (row.get("accuracy_by_position") or {}).items() if v["n"]},
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception:  # absent or torn: the summary is what counts, the config only explains it
+        return {}
+    return dict(_flatten(tree, ""))
+
+
+def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, child in value.items():
+            yield from _flatten(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
+    """Config keys whose values differ between `runs`: key → run folder → value as text ("—" where absent).
+
+    Seeds, loggers and paths are left out: they differ between any two runs and explain nothing. Runs without a readable
+    config are left out, too.
+    """
+    runs = [run for run in runs if run.config]
+    keys = sorted({key for run in runs for key in run.config})
+    telling = [k for k in keys if k.split(".")[0] not in INCIDENTAL_SECTIONS and k.split(".")[-1] not in INCIDENTAL_NAMES]
+    values = {key: {run.folder: _shown(run, key) for run in runs} for key in telling}
+    return {key: shown for key, shown in values.items() if len(set(shown.values())) > 1}
+
+
+def _shown(run: Run, key: str) -> str:
+    if key not in run.config:
+        return "—"
+    value = run.config[key]
+    if key.split(".")[-1].endswith("seed") and value == run.seed:
+        return "<seed>"
+    if isinstance(value, str):
+        # A value inside the run's own folder is the folder, not a setting; a name that spells the seed is the seed.
+        if "/" in value and (Path(value).name == run.folder.name or f"/{run.folder.name}/" in value):
+            return "<run folder>"
+        return re.sub(rf"seed[=_-]?{re.escape(str(run.seed))}(?!\d)", "<seed>", value)
+    return "null" if value is None else str(value)
+
+
+def label_variants(runs: Sequence[Run]) -> list[Run]:
+    """The runs sorted, and labelled so that runs of one scheme with different configs are never averaged as if they were seeds."""
+    labelled: list[Run] = []
+    for cell in {(run.dataset, run.model, run.scheme) for run in runs}:
+        group = [run for run in runs if (run.dataset, run.model, run.scheme) == cell]
+        keys = differing_keys(group)
+        shown = {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in keys.items() if run.folder in v) for run in group}
+        numbers = {text: n for n, text in enumerate(sorted(set(shown.values())), 1)}
+        for run in group:
+            # Long variants get a number; the report's table of differences spells them out.
+            variant = shown[run.folder] if len(shown[run.folder]) <= 40 else f"config {numbers[shown[run.folder]]}"
+            labelled.append(replace(run, label=f"{run.scheme} · {variant}" if variant else run.scheme))
+    return sorted(labelled, key=lambda r: (r.dataset, r.model, r.order, str(r.seed).zfill(9), str(r.folder)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one run answered to one test question."""
+
+    question_id: str
+    gold: str
+    correct: bool
+
+
+def read_predictions(run: Run) -> list[Prediction]:
+    """The run's test predictions, [] where `predictions/test.jsonl` is absent. Unreadable lines are left out."""
+    rows = read_lines(run.folder / "predictions" / "test.jsonl")
+    return [
+        Prediction(str(r["question_id"]), str(r.get("gold")), bool(r["correct"])) for r in rows if "question_id" in r and "correct" in r
+    ]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a JSONL file, one at a time; a torn or foreign line is skipped, an absent file is empty."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row

@@ -1,0 +1,189 @@
+"""`emreason [overrides]`: one EM run, or with `-m` a sweep of them. `train(cfg, folder)` is the same as a function."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from emreason.datamodule import RationaleDataModule
+from emreason.e_step import EStep
+from emreason.experiment import CONF, Experiment, build, check_same_config, console, report_errors, resolve
+from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
+from emreason.model import export
+from emreason.module import EMModule
+from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.types import UserError
+
+__all__ = ["main", "train"]
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """One EM run in `folder`, continued if it was begun there before. Returns the summary.
+
+    Raises:
+        UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
+    """
+    folder = folder.resolve()
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return _train(cfg, folder)
+    with locked(folder):
+        if cfg.overwrite:
+            _clear(folder)
+        before = read_summary(folder)
+        config = resolve(cfg)
+        check_same_config(folder, config)
+        if before.get("status") == "finished" and len(before["iterations"]) >= cfg.trainer.max_epochs:
+            console().print(f"Finished already: {folder}", highlight=False)
+            return before
+        write_atomic(folder / "config.yaml", config)
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    summary = Summary(
+        folder,
+        {
+            "dataset": cfg.dataset.name,
+            "model": cfg.model.name,
+            "sampler": cfg.sampler.name,
+            "seed": cfg.seed,
+            "scheme": cfg.sampler.display,
+            "budget": cfg.sampler.budget,
+            "tag": cfg.tag,
+        },
+    )
+    summary.update(status="running")
+    try:
+        experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
+        summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
+        _run(cfg, folder, experiment, summary)
+    except (KeyboardInterrupt, SystemExit):
+        summary.update(status="interrupted")
+        console().print(f"Interrupted; the same command continues the run: {folder}", highlight=False)
+        raise
+    except BaseException as error:
+        summary.update(status="failed", error=str(error) or type(error).__name__)
+        raise
+    return summary.values
+
+
+def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    last = folder / "checkpoints" / "last.ckpt"
+    iterations_done = _iterations_done(last)
+    scheme = hydra.utils.instantiate(cfg.sampler)
+    datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
+    module = EMModule(
+        experiment.model,
+        experiment.tokenizer,
+        experiment.engine,
+        experiment.prompts,
+        hydra.utils.instantiate(cfg.optimizer),
+        hydra.utils.instantiate(cfg.m_step),
+        max_new_tokens=cfg.evaluation.max_new_tokens,
+        forced=cfg.evaluation.forced,
+    )
+    few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
+    save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
+    best = save(filename="best", monitor="validation/accuracy", mode="max", save_top_k=1, save_weights_only=True)
+    trainer = _trainer(
+        cfg,
+        folder,
+        keep_below=iterations_done,
+        callbacks=[
+            EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
+            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot),
+            best,
+            save(filename="last", save_top_k=1, monitor=None),
+        ],
+    )
+    trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        write_predictions(folder, "test", module.predictions["test"])
+        export(module.model, module.tokenizer, folder / "model")
+        best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
+        summary.update(test=module.scores["test"], best_iteration=best_iteration, status="finished")
+        if not cfg.keep_checkpoints:
+            shutil.rmtree(folder / "checkpoints")
+
+
+def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any]) -> L.Trainer:
+    logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
+    loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
+    return hydra.utils.instantiate(cfg.trainer, _partial_=True)(
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        reload_dataloaders_every_n_epochs=1,  # one E-step per epoch
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # questions are sharded here
+        inference_mode=False,  # tensors made in a generation must not poison the M-step
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _iterations_done(last: Path) -> int:
+    """EM iterations that the last checkpoint completes."""
+    if not last.exists():
+        return 0
+    progress = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
+    return int(progress["current"]["processed"])
+
+
+def _clear(folder: Path) -> None:
+    for name in ("rationales", "predictions", "checkpoints", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+def _task(cfg: DictConfig) -> float | None:
+    """The Hydra task; returns validation accuracy, what sweepers optimise."""
+    from emreason.report import collect, print_runs
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    summary = train(cfg, folder)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print_runs(collect([folder]), Console())
+        print(f"Run folder: {folder}")
+    accuracies = [r["validation"]["accuracy"] for r in summary["iterations"] if r.get("validation")]
+    return max(accuracies, default=None)
+
+
+def main() -> None:
+    """Console script `emreason`."""
+    quiet()
+    report_errors(_task)
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves; our own lines and errors remain."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

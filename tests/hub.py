@@ -1,0 +1,18 @@
+"""Where the real datasets are: named by EMREASON_DATA_ROOT, beside the checkout, or built once into its `.data/hub`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from emreason import mirror
+
+
+def find_or_build_hub() -> Path:
+    """A complete mirror; it is never skipped: a machine without one downloads the package that carries the data."""
+    checkout = Path(__file__).resolve().parents[1]
+    named = os.environ.get("EMREASON_DATA_ROOT")
+    for place in [Path(named)] if named else [checkout.parent / "shared" / "hub"]:
+        if all((place / name).is_dir() for name in mirror.ROWS):
+            return place
+    return mirror.build(checkout / ".data" / "hub")
