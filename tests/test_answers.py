@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emreason.answers import answer_line_complete, check, correct, extract, normalise, parse_number
 from emreason.prompts import render_completion
 from emreason.types import Question, UserError
+
+settings.register_profile("emreason", deadline=None)  # the cores may be busy
+settings.load_profile("emreason")
 
 CHOICE = Question("c", "What gives light?", "B", "choice", ("the moon", "the sun", "a dog", "dry palms"))
 FIVE = Question("5", "Which?", "E", "choice", ("one", "two", "three", "four", "five"))
@@ -79,7 +82,6 @@ def test_letter_found(text):
         "Answer:\nB",
         "Answer: Because the sun burns",
         "Answer: A dog barks",
-        "Answer: A",  # replaced below where A is allowed: here the gold choice has no say
         "Final answer: dry palms",
         "Answer: dog",
         "Answer: E",
@@ -113,7 +115,7 @@ def test_letter_found(text):
     ],
 )
 def test_no_letter(text):
-    assert extract(text, CHOICE) in ((None, "A") if text == "Answer: A" else (None,))
+    assert extract(text, CHOICE) is None
 
 
 def test_letters_are_those_of_the_question():
@@ -167,6 +169,9 @@ def test_numbers(text, answer):
         ("Answer: Paris", "Paris"),
         ("**Answer: Paris**", "Paris"),
         ('Answer: "Paris"', "Paris"),
+        ("**Answer:** Paris", "Paris"),
+        ("**Answer:** **Paris**", "Paris"),
+        ("Answer: :-)", ":-)"),
         ("Answer: 2 * 3 * 4", "2 * 3 * 4"),
         ("Answer:  ", None),
         ("The answer is Paris, I believe.", None),
@@ -295,5 +300,19 @@ def test_numbers_are_compared_as_numbers(value):
     assert not correct(extract(f"Answer: {value + 1}", question), question)
 
 
+golds = (
+    (st.text(min_size=1, max_size=40) | st.text(alphabet='*_`:."ab ', min_size=1, max_size=6))
+    .map(str.strip)
+    .filter(lambda gold: gold and "answer" not in gold.casefold())
+)
+
+
+@given(golds, any_text)
+def test_any_gold_string_is_found_again(gold, rationale):
+    question = Question("t", "?", gold, "text")
+    assert correct(extract(render_completion(question, rationale), question), question)
+
+
 def test_normalise():
+    assert normalise("?") != normalise("!")
     assert normalise("  The  Sun.\n") == normalise("the sun") == "the sun"

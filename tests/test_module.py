@@ -46,7 +46,7 @@ def trainer(tmp_path, callbacks=(), epochs=2, **more):
     )
 
 
-def gold_script(questions, right=lambda request: True):
+def gold_script(questions, right=lambda _: True):
     gold = {q.id: q.answer for q in questions}
     return lambda request: RIGHT.format(gold[request.key[0]]) if right(request) else WRONG
 

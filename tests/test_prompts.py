@@ -99,7 +99,7 @@ def test_rendering():
     assert render_completion(QUESTION, "") == "Answer: B"
 
 
-def test_the_prompt_does_not_change_overnight(monkeypatch):
+def test_the_prompt_does_not_change_overnight():
     prompts = Prompts(chat_tokenizer(), TEMPLATE)
     assert "26 Jul 2024" in prompts.text(QUESTION)
 
@@ -132,7 +132,7 @@ def test_fingerprint_changes_with_whatever_shapes_a_prompt():
 
 
 def test_errors():
-    with pytest.raises(UserError, match="3 worked examples are asked for, but dataset.demonstrations has 2"):
+    with pytest.raises(UserError, match=r"3 worked examples are asked for, but dataset\.demonstrations has 2"):
         Prompts(tiny_tokenizer(), TEMPLATE, EXAMPLES).ids(QUESTION, n_examples=3)
     with pytest.raises(UserError, match=r"must contain '\{answer\}'"):
         Prompts(tiny_tokenizer(), dataclasses.replace(TEMPLATE, hint="You know it."))

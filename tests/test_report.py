@@ -17,6 +17,7 @@ from rich.console import Console
 from emreason import stats
 from emreason.comparison import compare
 from emreason.difficulty import acceptance_by_difficulty
+from emreason.figures import _plots, palette
 from emreason.report import collect, main, print_runs, write_report
 from emreason.report_html import IN_ALL, PER_GROUP, sample_rationales
 from emreason.runs import differing_keys
@@ -99,6 +100,8 @@ def write_run(
             {"question_id": f"t{q}", "gold": "15", "answer": "15", "correct": q in right, "forced_correct": q in right} for q in range(100)
         ]
         (folder / "predictions/test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [line | {"correct": n < 8} for n, line in enumerate(lines)]
+        (folder / "predictions/baseline_few_shot_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {"dataset": "sums", "model": "smollm2_135m", "sampler": sampler, "scheme": NAMES[sampler], "seed": seed, "status": status}
     summary |= {
         "baseline": {"zero_shot": score(0.0), "few_shot": score(0.08), "validation": score(0.01)},
@@ -159,6 +162,11 @@ def test_mean_interval_bold_and_significance(grid):
     assert cells["few-shot baseline"].interval == "wilson"
     assert cells["PPS"].p_vs_best < 0.01
     assert cells["STaR"].p_vs_best > 0.05
+    assert cells["few-shot baseline"].p_vs_best < 0.01
+    assert cells["zero-shot baseline"].p_vs_best is None  # not tested
+    assert {(p.first, p.second) for p in comparison.pairs} == {("RS-4", "STaR"), ("RS-4", "PPS"), ("STaR", "PPS")} | {
+        (scheme, "few-shot baseline") for scheme in ("RS-4", "STaR", "PPS")
+    }
     assert {pair.test for pair in comparison.pairs} == {"paired bootstrap over questions and seeds"}
     assert comparison.notes == []
     main([str(grid), "--out", str(grid / "r")])
@@ -251,6 +259,22 @@ def test_accuracy_out_of_range_is_named(tmp_path):
     assert "accuracy 91.0 is not in [0, 1]" in collect([tmp_path])[0].problem
 
 
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "path", ["seed", "status", "baseline", "test", "test.n", "test.ci95", "iterations", "iterations.0", "iterations.0.e_step.tokens"]
+)
+def test_a_spoilt_summary_is_at_worst_named(tmp_path, path, value):
+    folder = write_run(tmp_path / "a", iterations=1, questions=2)
+    summary = json.loads((folder / "summary.json").read_text())
+    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    inner = summary
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "RS-4" in printed(runs := collect([tmp_path])) or runs[0].problem.startswith("summary.json cannot be read")
+
+
 def test_different_configs_are_not_averaged_as_seeds(tmp_path):
     write_run(tmp_path / "a/seed=1", seed=1)
     write_run(tmp_path / "a/seed=2", seed=2)
@@ -263,6 +287,14 @@ def test_different_configs_are_not_averaged_as_seeds(tmp_path):
     assert {run.label for run in collect([tmp_path])} == {"RS-4 · config 1", "RS-4 · config 2", "RS-4 · config 3"}
 
 
+def test_seeds_are_told_from_settings_that_happen_to_equal_a_seed(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(
+            tmp_path / f"seed={seed}", seed=seed, iterations=1, config=f"dataset:\n  seed: 0\n  order_seed: {seed}\nname: rs-seed{seed}\n"
+        )
+    assert [cell.seeds for cell in compare(collect([tmp_path])).cells if not cell.baseline] == [3]
+
+
 def test_pairs_use_the_same_questions_only(tmp_path):
     a, b = write_run(tmp_path / "a", "rs"), write_run(tmp_path / "b", "pps")
     lines = (b / "predictions/test.jsonl").read_text().splitlines()
@@ -271,7 +303,7 @@ def test_pairs_use_the_same_questions_only(tmp_path):
     assert compare(collect([a, b])).pairs[0].difference.questions == 59
     (b / "predictions/test.jsonl").unlink()
     comparison = compare(collect([a, b]))
-    assert comparison.pairs == []
+    assert [(p.first, p.second) for p in comparison.pairs] == [("RS-4", "few-shot baseline")]
     assert any("No paired test: PPS" in note for note in comparison.notes)
 
 
@@ -300,6 +332,25 @@ def test_difficulty_is_judged_by_the_other_runs(tmp_path):
     assert shown["RS-4"][0][0] < shown["RS-4"][4][0]  # unsolved by the others: accepted less often
     total = sum(1 for line in (easy_first / "rationales/iteration=000.jsonl").read_text().splitlines() if json.loads(line)["attempt"] == 1)
     assert total == 40
+
+
+def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):
+    for sampler in NAMES:
+        write_run(tmp_path / sampler, sampler, iterations=1)
+    write_run(tmp_path / "own", "rs", iterations=1, scheme="mine")
+    every, few = palette(collect([tmp_path])), palette(collect([tmp_path / "pps"]))
+    assert every["PPS"] == few["PPS"]
+    assert len({colour for colour, _ in every.values()}) == len(every) == 4
+
+
+def test_validation_and_test_curves_are_not_mixed(tmp_path):
+    a, b = write_run(tmp_path / "a", iterations=1), write_run(tmp_path / "b", "pps", iterations=1)
+    for folder in (a, b):
+        assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"validation accuracy (%)"}
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["iterations"][0]["test"] = score(0.5)
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"test accuracy (%)"}
 
 
 class Visible(HTMLParser):
@@ -360,6 +411,8 @@ def test_rationales_are_capped_and_balanced(grid):
     assert len(groups) == 3 * 4 * 2
     assert max(groups.values()) <= PER_GROUP
     assert len(samples) <= IN_ALL
+    questions = [(s.scheme, s.iteration, s.accepted, s.question_id) for s in samples]
+    assert len(questions) == len(set(questions))  # different questions, not one question under every seed
     assert samples == sample_rationales(collect([grid]))
 
 

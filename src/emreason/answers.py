@@ -32,7 +32,7 @@ _LETTER = re.compile(
 )
 _NUMBER = r"[-+−]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,4})?|[-+−]?\$?\.[0-9]+"
 _NUMBER_ANSWER = re.compile(
-    rf"[ \t]*{_EMPHASIS}[ \t]*(?P<number>{_NUMBER}){_EMPHASIS}(?P<mark>[.,;]?){_EMPHASIS}(?P<rest>.*)", re.IGNORECASE
+    rf"[ \t]*{_EMPHASIS}[ \t]*{_EMPHASIS}(?P<number>{_NUMBER}){_EMPHASIS}(?P<mark>[.,;]?){_EMPHASIS}(?P<rest>.*)", re.IGNORECASE
 )
 _WHOLE_NUMBER = re.compile(_NUMBER, re.IGNORECASE)
 
@@ -63,7 +63,7 @@ def correct(answer: str | None, question: Question) -> bool:
     if question.kind == "number":
         value = parse_number(answer)
         return value is not None and value == parse_number(question.answer)
-    return normalise(answer) == normalise(question.answer)
+    return normalise(_unwrap(answer)) == normalise(_unwrap(question.answer))
 
 
 def answer_line_complete(text: str, question: Question) -> bool:
@@ -103,7 +103,8 @@ def parse_number(text: str) -> Decimal | None:
 
 def normalise(text: str) -> str:
     """Case, runs of white space and closing punctuation do not distinguish two strings."""
-    return " ".join(text.casefold().split()).rstrip(".!?,;: ")
+    plain = " ".join(text.casefold().split())
+    return plain.rstrip(".!?,;: ") or plain
 
 
 def _last_statement(text: str) -> re.Match[str] | None:
@@ -115,17 +116,19 @@ def _last_statement(text: str) -> re.Match[str] | None:
 
 def _parse(text: str, statement: re.Match[str], question: Question) -> str | None:
     tail = text[statement.end() :]
-    # "The answer is: B" was matched up to `is`.
-    tail = re.sub(rf"^{_EMPHASIS}[ \t]*:?", "", tail)
     line = tail.split("\n", 1)[0].rstrip()
-    if question.kind == "choice":
-        return _letter(line, question)
-    if question.kind == "number":
-        return _number(line)
+    if question.kind != "text":
+        line = re.sub(rf"^{_EMPHASIS}[ \t]*:?", "", line) if statement["line"] is None else line  # "the answer is: B"
+        return _letter(line, question) if question.kind == "choice" else _number(line)
     if statement["line"] is None:  # where a string ends within prose cannot be told
         return None
-    answer = _unwrap(tail if "\n" in question.answer else line)
-    return answer or None
+    answer = tail if "\n" in question.answer else line
+    opened = re.match(r"[\s>#-]*([*_`]+)", statement["line"])
+    if opened:  # "**Answer:** X" and "**Answer: X**"
+        answer = answer.removeprefix(opened[1]).strip()
+        if answer.count(opened[1]) == 1:
+            answer = answer.removesuffix(opened[1])
+    return _unwrap(answer) or None
 
 
 def _letter(line: str, question: Question) -> str | None:
@@ -169,7 +172,8 @@ def _bare(number: str) -> str:
 def _unwrap(text: str) -> str:
     text = text.strip()
     for mark in ("**", "__", "`", "*", '"'):
+        inner = text.removeprefix(mark).removesuffix(mark).strip()
         # only a pair around the whole: "2 * 3" and '"a" and "b"' keep their marks
-        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark) and mark not in text[len(mark) : -len(mark)]:
-            text = text[len(mark) : -len(mark)].strip()
+        if inner and text == mark + text[len(mark) : -len(mark)] + mark and mark not in inner:
+            text = inner
     return text

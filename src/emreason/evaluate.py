@@ -71,7 +71,7 @@ def sampled(
     tokenizer = experiment.tokenizer
 
     def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(tokenizer.decode(ids), question)
+        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
 
     queue = deque(
         Request((q.id, i), experiment.prompts.ids(q, "question", n_examples), scheme.params, draw_seed(seed, -1, q.id, i), stop(q))
@@ -81,7 +81,7 @@ def sampled(
     with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
         for completion in experiment.engine.generate(queue):
             question = by_id[completion.request.key[0]]  # type: ignore[index]
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
             answers[question.id].append(extract(str(text), question))
             progress.update(1, len(completion.token_ids))
     hits = {key: sum(correct(a, by_id[key]) for a in given) for key, given in answers.items()}
@@ -148,7 +148,10 @@ def with_run(cfg: DictConfig, dataset_given: bool) -> DictConfig:
             cfg.dataset = trained.dataset
         if (folder / "model" / "adapter_config.json").exists():
             cfg.model.load = trained.model.load
-            cfg.peft = {"name": "trained", "add": {"_target_": "emreason.model.load_adapter", "_partial_": True, "folder": f"{folder}/model"}}
+            cfg.peft = {
+                "name": "trained",
+                "add": {"_target_": "emreason.model.load_adapter", "_partial_": True, "folder": f"{folder}/model"},
+            }
         else:
             cfg.model.load = {"_target_": "emreason.model.load_pretrained", "path": str(folder / "model")}
     return cfg

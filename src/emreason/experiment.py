@@ -26,7 +26,7 @@ _INSTALLED = Path(__file__).resolve().parent / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf")
 """The config tree: inside the package once installed, at the top of the repository in a checkout."""
 
-MAY_CHANGE = ("trainer", "logger", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
+MAY_CHANGE = ("trainer", "logger", "rationale_rows", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
 """Config keys that a resumed run may change: they do not alter what is sampled or learned."""
 
 
@@ -53,7 +53,7 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     """
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     for split in ("train", "validation", "test"):
-        dataset.questions(split)  # type: ignore[arg-type]
+        dataset.questions(split)
     hydra.utils.instantiate(cfg.sampler)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
     wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype

@@ -21,9 +21,9 @@ from emreason.runs import Iteration, Run, Score
 from emreason.tables import plain
 
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
-USUAL = {"RS-4": "#009E73", "STaR": "#0072B2", "PPS": "#D55E00", "RS-1": "#E69F00"}
+USUAL = {"RS-4": ("#009E73", "o"), "STaR": ("#0072B2", "s"), "PPS": ("#D55E00", "D"), "RS-1": ("#E69F00", "^")}
 SPARE = ["#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F", "#5B3A8E", "#9C9E00"]
-MARKERS = "osD^vPX*<>"
+MARKERS = "vPX*<>p"
 GREY = "#606060"
 STYLE = {
     "font.size": 9.0,
@@ -40,7 +40,7 @@ STYLE = {
     "savefig.dpi": 150,
 }
 SOLID: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.8, "markeredgecolor": "white", "markeredgewidth": 0.6}
-CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.2}
+CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.2, "marker": "_", "markersize": 7}
 BASELINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (5, 3)), "linewidth": 1.1}
 UNFINISHED: dict[str, Any] = {"color": GREY, "linestyle": "-.", "linewidth": 1.0, "alpha": 0.75, "markersize": 3.0}
 
@@ -86,10 +86,9 @@ def palette(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     labels = list(
         dict.fromkeys(run.label for run in sorted(runs, key=lambda run: run.order) if run.status not in ("missing", "unreadable"))
     )
-    spare = [c for c in [*SPARE, *USUAL.values()] if c not in {USUAL[label] for label in labels if label in USUAL}]
     others = [label for label in labels if label not in USUAL]
-    colours = USUAL | {label: spare[n % len(spare)] for n, label in enumerate(others)}
-    return {label: (colours[label], MARKERS[n % len(MARKERS)]) for n, label in enumerate(labels)}
+    chosen = USUAL | {label: (SPARE[n % len(SPARE)], MARKERS[n % len(MARKERS)]) for n, label in enumerate(others)}
+    return {label: chosen[label] for label in labels}
 
 
 def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Drawn]:
@@ -209,16 +208,22 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
     with rc_context(STYLE):
         figure, axes = _grid([group for _, group, _ in panels], plot.x_label, plot.y_label)
         for ax, (title, group, curves) in zip(axes, panels, strict=True):
+            companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
+            if all(len(line.x) == 1 for lines in curves.values() for line in lines):  # points over one another: set them side by side
+                for n, label in enumerate(curves):
+                    for line in [*curves[label], *companions.get(label, [])]:
+                        line.x[0] += _aside(n, len(curves))
+                ax.set_xlim(-0.5, 0.5)
             for label, lines in curves.items():
                 _draw_scheme(ax, lines, *colours[label], scale)
                 if not all(line.counted for line in lines):
                     extras["not finished"] = UNFINISHED
-            for label, lines in (_curves(group, plot.x, plot.chance, counted) if plot.chance else {}).items():
+            for label, lines in companions.items():
                 extras["chance acceptance"] = CHANCE
                 for line in lines:
                     ax.plot(line.x, np.multiply(line.y, scale), **CHANCE | {"color": colours[label][0]})
             if plot.few_shot and (level := _few_shot(group)) is not None:
-                extras["few-shot baseline (test)"] = BASELINE
+                extras["few-shot (test)"] = BASELINE
                 ax.axhline(scale * level, **BASELINE)
             ax.set_title(_literal(title))
             if plot.share:
@@ -261,7 +266,7 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
         for ax, (title, _, shown) in zip(axes, panels, strict=True):
             for n, (label, shares) in enumerate(shown.items()):
                 # Side by side, so that the intervals can be told apart.
-                x = np.array([b for b in range(len(BINS)) if shares[b]]) + 0.09 * (n - (len(shown) - 1) / 2)
+                x = np.array([b for b in range(len(BINS)) if shares[b]]) + _aside(n, len(shown))
                 rate, low, high = (np.array([100 * share[i] for share in shares if share]) for i in range(3))
                 colour, marker = colours[label]
                 ax.errorbar(x, rate, [rate - low, high - rate], color=colour, marker=marker, elinewidth=0.9, capsize=2, **SOLID)
@@ -275,6 +280,11 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
         )
         return _save(figure, handles, "acceptance_by_difficulty", caption, out)
+
+
+def _aside(n: int, count: int) -> float:
+    """How far the n-th of `count` marks at the same place steps aside, in units of the axis."""
+    return min(0.09, 0.5 / count) * (n - (count - 1) / 2)
 
 
 def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[Figure, list[Axes]]:
@@ -303,8 +313,19 @@ def _literal(text: str) -> str:
     return plain(text).replace("$", r"\$")
 
 
+def _legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Above the panels, in as many columns as fit: matplotlib clips a legend that is wider than its figure."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2, handlelength=1.8
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def _save(figure: Figure, handles: list[Line2D], name: str, caption: str, out: Path) -> Drawn:
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False)
+    _legend(figure, handles)
     files = (out / f"{name}.png", out / f"{name}.pdf")
     figure.savefig(files[0])
     figure.savefig(files[1], metadata={"CreationDate": None})  # the same runs give the same bytes

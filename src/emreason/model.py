@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from emreason.types import UserError
 
@@ -61,7 +60,6 @@ def load_pretrained(
     Raises:
         UserError: the model or its tokenizer cannot be loaded, or the tokenizer has no EOS token.
     """
-    hf_logging.disable_progress_bar()
     if gguf_file is not None:
         return _load_gguf(Path(path), gguf_file, dtype)
     try:
@@ -133,7 +131,7 @@ def _gguf_cache(file: Path) -> Path:
 
 def drop_quantization(model: PreTrainedModel) -> None:
     """Forget that a model came from a GGUF: the weights are plain floats already, but `save_pretrained` would refuse."""
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 

@@ -118,7 +118,7 @@ class EMModule(L.LightningModule):
 
     # ---- M-step ----------------------------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         parameters = self.trainable()
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
             self._masters = master_weights(parameters, self._restored_masters)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from emreason import __version__
-from emreason.e_step import EStep
+from emreason.e_step import EStep, iterations_done
 from emreason.journal import JsonLines, read_lines, to_line, write_atomic, write_json
 from emreason.module import EMModule
 from emreason.scoring import Prediction
@@ -79,7 +79,7 @@ class Recorder(Callback):
         self.few_shot = few_shot
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        iteration = trainer.fit_loop.epoch_progress.current.processed
+        iteration = iterations_done(trainer)
         if self.summary.values["baseline"] is None and iteration == 0:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
 

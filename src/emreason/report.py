@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -10,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.text import Text
 
 from emreason import tables
-from emreason.comparison import Comparison, compare
+from emreason.comparison import Comparison, Pair, compare
 from emreason.figures import draw_all, palette
 from emreason.report_html import render
 from emreason.runs import Run, collect, label_variants
@@ -51,11 +54,12 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     runs = label_variants(runs)
     comparison = compare(runs)
     shown = [run for run in runs if run.status not in ("missing", "unreadable")]
-    if shown:
-        listed = tables.runs_table(shown)
-        fits = console.measure(tables.rich_table(listed)).maximum <= console.width
-        for table in [listed] if fits else tables.halves(listed):
+    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
+        listed = tables.runs_table([run for run in shown if (run.dataset, run.model) == place])
+        unbroken = Measurement.get(console, console.options.update(width=1000), tables.rich_table(listed)).maximum
+        for table in [listed] if unbroken <= console.width else tables.halves(listed):
             console.print(tables.rich_table(table))
+    if shown:
         console.print(tables.rich_table(tables.paper_table(comparison)))
         console.print(Text(tables.caption(), style="dim"))
     for note in comparison.notes:
@@ -96,11 +100,65 @@ def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     ]
     return {
         "table.md": "\n".join(section for section in sections if section),
-        "table.csv": tables.comma_separated([asdict(cell) for cell in comparison.cells]),
+        "table.csv": _csv([asdict(cell) for cell in comparison.cells]),
         "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
-        "pairs.csv": tables.comma_separated([tables.pair_record(pair) for pair in comparison.pairs]),
-        "runs.csv": tables.comma_separated([record for run in runs for record in tables.run_records(run)]),
+        "pairs.csv": _csv([_pair_record(pair) for pair in comparison.pairs]),
+        "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
     }
+
+
+def _csv(rows: Sequence[dict[str, object]]) -> str:
+    """CSV with a header, numbers in full precision; None is an empty field."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _pair_record(pair: Pair) -> dict[str, object]:
+    """A pair as a flat CSV record; differences as shares, not percent."""
+    names = {"dataset": pair.dataset, "model": pair.model, "first": pair.first, "second": pair.second}
+    return names | asdict(pair.difference) | {"p_holm": pair.p_holm, "test": pair.test}
+
+
+def _run_records(run: Run) -> list[dict[str, object]]:
+    """A run as flat CSV records, one per iteration (one in all where none is done), the run's own numbers repeated on each."""
+    shared: dict[str, object] = {
+        "folder": run.place,
+        "dataset": run.dataset,
+        "model": run.model,
+        "scheme": run.label,
+        "seed": run.seed,
+        "status": run.status,
+        "problem": run.problem,
+        "zero_shot": run.zero_shot.accuracy if run.zero_shot else None,
+        "few_shot": run.few_shot.accuracy if run.few_shot else None,
+        "validation_before": run.start.accuracy if run.start else None,
+        "test": run.test.accuracy if run.test else None,
+        "test_low": run.test.low if run.test else None,
+        "test_high": run.test.high if run.test else None,
+        "test_forced": run.test.forced_accuracy if run.test else None,
+        "test_extraction_rate": run.test.extraction_rate if run.test else None,
+        "test_n": run.test.n if run.test else None,
+        "run_seconds": run.seconds,
+        "peak_memory_bytes": run.peak_memory_bytes,
+    }
+    names = ["iteration", "acceptance", "chance_acceptance", "tokens", "seconds", "rationale_tokens", "errored", "validation"]
+    rows = [
+        [
+            i.index,
+            i.acceptance,
+            i.chance,
+            i.tokens,
+            i.seconds,
+            i.rationale_tokens,
+            i.errored,
+            i.validation.accuracy if i.validation else None,
+        ]
+        for i in run.iterations
+    ]
+    return [shared | dict(zip(names, row, strict=True)) for row in rows or [[None] * len(names)]]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -71,30 +70,29 @@ def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], 
 
 
 def sample_rationales(runs: Sequence[Run]) -> list[Sample]:
-    """Up to `PER_GROUP` attempts per scheme, dataset, model, iteration and verdict, `IN_ALL` in all.
+    """One attempt each at up to `PER_GROUP` questions per scheme, dataset, model, iteration and verdict, `IN_ALL` in all.
 
     Chosen by a hash of the question, so that the choice is the same every time, says nothing about the order in which
     completions arrived, and shows the same questions under every scheme.
     """
-    chosen: dict[tuple[Any, ...], list[tuple[int, int, Sample]]] = {}
-    serial = 0
+    groups: dict[tuple[Any, ...], dict[bytes, Sample]] = {}
     for run in runs:
         for path in sorted((run.folder / "rationales").glob("iteration=*.jsonl")):
             for row in read_lines(path):
                 if not {"question_id", "iteration", "accepted", "text"} <= row.keys() or not isinstance(row["iteration"], int):
                     continue
-                serial += 1
-                heap = chosen.setdefault((run.dataset, run.model, run.order, row["iteration"], not row["accepted"]), [])
-                rank = int.from_bytes(hashlib.blake2b(str(row["question_id"]).encode("utf-8", "replace"), digest_size=6).digest())
-                if len(heap) < PER_GROUP:
-                    heapq.heappush(heap, (-rank, -serial, _sample(run, row)))
-                elif -rank > heap[0][0]:
-                    heapq.heapreplace(heap, (-rank, -serial, _sample(run, row)))
-    groups = [[sample for *_, sample in sorted(chosen[key], key=lambda item: (-item[0], -item[1]))] for key in sorted(chosen)]
+                group = groups.setdefault((run.dataset, run.model, run.order, row["iteration"], not row["accepted"]), {})
+                rank = hashlib.blake2b(str(row["question_id"]).encode("utf-8", "replace")).digest()
+                if rank not in group:
+                    group[rank] = _sample(run, row)
+                    if len(group) > PER_GROUP:
+                        del group[max(group)]
     # Where the cap bites, every group loses its last ones first.
-    ranked = sorted(((place, n) for n, group in enumerate(groups) for place in range(len(group))))[:IN_ALL]
-    kept = {(n, place) for place, n in ranked}
-    return [sample for n, group in enumerate(groups) for place, sample in enumerate(group) if (n, place) in kept]
+    ranked = sorted((place, n) for n, group in enumerate(groups.values()) for place in range(len(group)))
+    kept = set(ranked[:IN_ALL])
+    ordered = [[group[rank] for rank in sorted(group)] for group in groups.values()]
+    positions = sorted((key, n) for n, key in enumerate(groups))
+    return [sample for _, n in positions for place, sample in enumerate(ordered[n]) if (place, n) in kept]
 
 
 def _sample(run: Run, row: dict[str, Any]) -> Sample:
@@ -124,7 +122,8 @@ def _cut(text: object) -> str:
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """Config keys that differ → each value with the runs that have it."""
-    names = {run.folder: f"{run.label} · {run.dataset} · {run.model} · seed {run.seed}" for run in runs}
+    several = len({(run.dataset, run.model) for run in runs}) > 1
+    names = {r.folder: f"{r.label}{f' on {r.dataset} with {r.model}' if several else ''}, seed {r.seed}" for r in runs}
     rows = []
     for key, values in differing_keys(runs).items():
         by_value: dict[str, list[str]] = {}
@@ -150,6 +149,7 @@ def _positions(runs: Sequence[Run]) -> tables.Table | None:
         [tables.Entry(text) for text in key]
         + [tables.Entry(f"{tables.percent(tally[x][1] / tally[x][0])} ({tally[x][0]:.0f})" if x in tally else "—") for x in letters]
         for key, tally in pooled.items()
+        if tally
     ]
     columns = ["dataset", "model", "scheme", *letters]
     return tables.Table("Test accuracy (%) by the gold answer's letter (questions)", columns, rows, tuple(range(3, len(columns))))

@@ -129,7 +129,7 @@ def _read_run(folder: Path) -> Run:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         run = _parse(run, summary)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = f"lacks the key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
         return replace(run, status="unreadable", problem=f"summary.json cannot be read ({reason})")
     return replace(run, problem=_problem(run, summary.get("error")))
@@ -172,10 +172,10 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
 def _iteration(row: dict[str, Any]) -> Iteration:
     e_step, m_step = row["e_step"], row.get("m_step") or {}
     questions = int(e_step.get("questions") or 0)
-    rate = e_step.get("acceptance_rate")
+    rate = _number(e_step.get("acceptance_rate"))
     return Iteration(
         index=int(row["iteration"]),
-        acceptance=float(rate if rate is not None else int(e_step.get("accepted") or 0) / max(1, questions)),
+        acceptance=rate if rate is not None else int(e_step.get("accepted") or 0) / max(1, questions),
         chance=_number(e_step.get("chance_acceptance")),
         tokens=int(e_step.get("tokens") or 0),
         seconds=(_number(e_step.get("seconds")) or 0.0) + (_number(m_step.get("seconds")) or 0.0),
@@ -196,6 +196,8 @@ def _score(row: dict[str, Any] | None) -> Score | None:
     accuracy = float(row["accuracy"])
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy} is not in [0, 1]")
+    if int(row["n"]) < 0:
+        raise ValueError(f"n = {row['n']} is negative")
     low, high = row.get("ci95") or (None, None)
     return Score(
         accuracy=accuracy,
@@ -234,6 +236,7 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
     runs = [run for run in runs if run.config]
     keys = sorted({key for run in runs for key in run.config})
     telling = [k for k in keys if k.split(".")[0] not in INCIDENTAL_SECTIONS and k.split(".")[-1] not in INCIDENTAL_NAMES]
+    telling = [k for k in telling if any(run.config.get(k) != run.seed for run in runs)]  # the seed, by whatever name
     values = {key: {run.folder: _shown(run, key) for run in runs} for key in telling}
     return {key: shown for key, shown in values.items() if len(set(shown.values())) > 1}
 
@@ -242,8 +245,6 @@ def _shown(run: Run, key: str) -> str:
     if key not in run.config:
         return "—"
     value = run.config[key]
-    if key.split(".")[-1].endswith("seed") and value == run.seed:
-        return "<seed>"
     if isinstance(value, str):
         # A value inside the run's own folder is the folder, not a setting; a name that spells the seed is the seed.
         if "/" in value and (Path(value).name == run.folder.name or f"/{run.folder.name}/" in value):
@@ -276,9 +277,12 @@ class Prediction:
     correct: bool
 
 
-def read_predictions(run: Run) -> list[Prediction]:
-    """The run's test predictions, [] where `predictions/test.jsonl` is absent. Unreadable lines are left out."""
-    rows = read_lines(run.folder / "predictions" / "test.jsonl")
+def read_predictions(run: Run, of: str = "test") -> list[Prediction]:
+    """The run's predictions `of` an evaluation: `test` (final model) or `baseline_few_shot_test`; [] where it left none.
+
+    Unreadable lines are left out.
+    """
+    rows = read_lines(run.folder / "predictions" / f"{of}.jsonl")
     return [
         Prediction(str(r["question_id"]), str(r.get("gold")), bool(r["correct"])) for r in rows if "question_id" in r and "correct" in r
     ]

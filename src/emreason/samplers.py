@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -132,7 +133,7 @@ def sample(
             prompt_ids=prompts.ids(question, scheme.tries[attempt - 1], examples),
             params=scheme.params,
             seed=draw_seed(seed, iteration, question.id, attempt),
-            stop=(lambda ids: answer_line_complete(tokenizer.decode(ids), question)) if scheme.stop_at_answer else None,
+            stop=(lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)) if scheme.stop_at_answer else None,
         )
 
     queue: deque[Request] = deque()
@@ -141,7 +142,8 @@ def sample(
         if not is_settled(attempts, scheme):
             queue.append(request(question, len(attempts) + 1))
     for completion in engine.generate(queue):
-        question_id, attempt = completion.request.key  # type: ignore[misc]
+        key: Any = completion.request.key
+        question_id, attempt = key
         question = by_id[question_id]
         rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
         if not is_settled([rationale], scheme):
@@ -161,7 +163,7 @@ def judge(
     completion: Completion, question: Question, scheme: Scheme, tokenizer: PreTrainedTokenizerBase, iteration: int, attempt: int
 ) -> Rationale:
     """r(ŷ, y*): extract the answer of a completion and accept it if it is correct and was not truncated."""
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
     answer = extract(text, question)
     whole = completion.finish_reason in ("stop", "answer")
     accepted = whole and correct(answer, question) and not (scheme.reject_trivial and is_trivial(text))

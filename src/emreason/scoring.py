@@ -61,7 +61,7 @@ def predict(
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
 
     def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(tokenizer.decode(ids), question)
+        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
 
     queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop(q)) for q in questions)
     drawn: dict[str, Completion] = {}
@@ -168,7 +168,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     parts = []
     for s, t in zip(states.split(chunk), targets.split(chunk), strict=True):
         parts.append(checkpoint(logprobs, s, t, use_reentrant=False) if torch.is_grad_enabled() else logprobs(s, t))
-    return torch.cat(parts)  # type: ignore[arg-type]
+    return torch.cat(parts)
 
 
 def mean(values: Iterable[float]) -> float | None:

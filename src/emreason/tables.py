@@ -1,17 +1,15 @@
-"""The report's tables as text: Markdown, CSV, LaTeX (booktabs) and rich. Names in them are untrusted and escaped here."""
+"""The report's tables as text: Markdown, LaTeX (booktabs) and rich. Names in them are untrusted and escaped here."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from emreason.comparison import SIGNIFICANT, Cell, Comparison, Pair
+from emreason.comparison import SIGNIFICANT, Cell, Comparison
 from emreason.runs import Iteration, Run, Score
 
 DAGGER = "†"
@@ -89,12 +87,12 @@ def caption() -> str:
     return (
         "Mean ± 95 % t-interval over seeds, number of seeds in brackets; [low, high]: 95 % Wilson interval over questions, where "
         "there is one seed or the seeds share the base model; bold: best of its column; "
-        f"{DAGGER}: differs from the best scheme, paired test on the same questions, Holm-corrected p < {SIGNIFICANT}."
+        f"{DAGGER}: differs from the best, paired test on the same questions, Holm-corrected p < {SIGNIFICANT}."
     )
 
 
 def pairs_table(comparison: Comparison) -> Table:
-    """Every pair of schemes: difference in percentage points with its 95 % interval, raw and Holm-corrected p-values."""
+    """Every pair compared: difference in percentage points with its 95 % interval, raw and Holm-corrected p-values."""
     rows = [
         [
             Entry(p.dataset),
@@ -124,7 +122,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
         rows.append([Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])])
     columns = [*RUN_COLUMNS[:2], *(["dataset", "model"] if several else []), *RUN_COLUMNS[2:]]
     numeric = [columns.index(name) for name in ("seed", "zero-shot", "few-shot", "forced test", "tokens generated", "time")]
-    return Table("Runs (accuracies and acceptance in %)", columns, rows, tuple(numeric), tuple(rules))
+    place = "" if several or not runs else f": {runs[0].dataset}, {runs[0].model}"
+    return Table(f"Runs{place} (accuracies and acceptance in %)", columns, rows, tuple(numeric), tuple(rules))
 
 
 RUN_COLUMNS = [
@@ -133,7 +132,7 @@ RUN_COLUMNS = [
     "zero-shot",
     "few-shot",
     "validation per iteration",
-    "test [95 % CI]",
+    "test [95%-CI]",
     "forced test",
     "accepted per iteration (chance)",
     "rationale tokens",
@@ -147,7 +146,7 @@ def halves(table: Table) -> list[Table]:
     cut = table.columns.index("accepted per iteration (chance)")
     lead = table.columns.index("zero-shot")
     parts = []
-    for title, kept in (("Runs: accuracies (%)", range(cut)), ("Runs: E-steps", [*range(lead), *range(cut, len(table.columns))])):
+    for title, kept in ((table.title, range(cut)), ("", [*range(lead), *range(cut, len(table.columns))])):
         rows = [[row[i] for i in kept] for row in table.rows]
         numeric = tuple(n for n, i in enumerate(kept) if i in table.numeric)
         parts.append(Table(title, [table.columns[i] for i in kept], rows, numeric, table.rules))
@@ -196,7 +195,8 @@ def percent(value: float | None) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def _p(value: float) -> str:
@@ -277,60 +277,6 @@ def escape_latex(text: str) -> str:
 def plain(text: str) -> str:
     """One line without control characters: a name must not move a terminal's cursor or break a table's row."""
     return "".join(c if c.isprintable() else " " for c in str(text))
-
-
-def comma_separated(rows: Sequence[dict[str, object]]) -> str:
-    """CSV with a header, numbers in full precision; None is an empty field."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def pair_record(pair: Pair) -> dict[str, object]:
-    """A pair as a flat CSV record; differences as shares, not percent."""
-    names = {"dataset": pair.dataset, "model": pair.model, "first": pair.first, "second": pair.second}
-    return names | asdict(pair.difference) | {"p_holm": pair.p_holm, "test": pair.test}
-
-
-def run_records(run: Run) -> list[dict[str, object]]:
-    """A run as flat CSV records, one per iteration (one in all where none is done), the run's own numbers repeated on each."""
-    shared: dict[str, object] = {
-        "folder": run.place,
-        "dataset": run.dataset,
-        "model": run.model,
-        "scheme": run.label,
-        "seed": run.seed,
-        "status": run.status,
-        "problem": run.problem,
-        "zero_shot": run.zero_shot.accuracy if run.zero_shot else None,
-        "few_shot": run.few_shot.accuracy if run.few_shot else None,
-        "validation_before": run.start.accuracy if run.start else None,
-        "test": run.test.accuracy if run.test else None,
-        "test_low": run.test.low if run.test else None,
-        "test_high": run.test.high if run.test else None,
-        "test_forced": run.test.forced_accuracy if run.test else None,
-        "test_extraction_rate": run.test.extraction_rate if run.test else None,
-        "test_n": run.test.n if run.test else None,
-        "run_seconds": run.seconds,
-        "peak_memory_bytes": run.peak_memory_bytes,
-    }
-    names = ["iteration", "acceptance", "chance_acceptance", "tokens", "seconds", "rationale_tokens", "errored", "validation"]
-    rows = [
-        [
-            i.index,
-            i.acceptance,
-            i.chance,
-            i.tokens,
-            i.seconds,
-            i.rationale_tokens,
-            i.errored,
-            i.validation.accuracy if i.validation else None,
-        ]
-        for i in run.iterations
-    ]
-    return [shared | dict(zip(names, row, strict=True)) for row in rows or [[None] * len(names)]]
 
 
 def rich_table(table: Table) -> RichTable:

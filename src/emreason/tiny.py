@@ -53,4 +53,4 @@ def load_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
-    return model.to(dtype), tokenizer
+    return model.to(dtype=dtype), tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
+from transformers.utils import logging as hf_logging
 
+from emreason.dashboard import RationaleTable, finish
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, Experiment, build, check_same_config, console, report_errors, resolve
@@ -27,7 +27,6 @@ from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
-from emreason.types import UserError
 
 __all__ = ["main", "train"]
 
@@ -79,6 +78,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     except BaseException as error:
         summary.update(status="failed", error=str(error) or type(error).__name__)
         raise
+    finally:
+        finish()
     return summary.values
 
 
@@ -108,6 +109,7 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         callbacks=[
             EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
             Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot),
+            *([RationaleTable(folder, cfg.sampler.display, cfg.rationale_rows)] if cfg.logger else []),
             best,
             save(filename="last", save_top_k=1, monitor=None),
         ],
@@ -178,6 +180,7 @@ def main() -> None:
 
 def quiet() -> None:
     """Silence what libraries say about themselves; our own lines and errors remain."""
+    hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
