@@ -23,15 +23,15 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.mark.real
-def test_the_mirror_equals_the_copy_at_hand(built):
+def test_the_mirror_equals_the_copy_at_hand(built, tmp_path):
     """Question, choices and gold position of every row of every split; ARC's labels 1–4 are A–D in the package."""
     import datasets
 
     other = find_or_build_hub()
     for name, configs in mirror.ROWS.items():
         for config, splits in configs.items():
-            ours = datasets.load_dataset(str(built / name), config)
-            theirs = datasets.load_dataset(str(other / name), config)
+            ours = datasets.load_dataset(str(built / name), config, cache_dir=str(tmp_path))
+            theirs = datasets.load_dataset(str(other / name), config, cache_dir=str(tmp_path))
             assert {split: len(rows) for split, rows in ours.items()} == splits
             for split, rows in ours.items():
                 assert sorted(rows.column_names) == sorted(theirs[split].column_names)

@@ -171,7 +171,7 @@ def rationale_from(record: dict[str, Any]) -> Rationale:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, streamed to a temporary file and renamed: no half-written checkpoint, no second copy in memory."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")

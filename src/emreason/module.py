@@ -149,8 +149,9 @@ class EMModule(L.LightningModule):
         if self.m_step.optimizer == "reset":
             optimizer.state.clear()
             schedule: Any = self.lr_schedulers()
-            schedule.last_epoch = -1
-            schedule.step()
+            schedule.last_epoch = 0
+            for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = lr * factor(0)
 
     def _optimizer(self) -> Optimizer:
         optimizer: Any = self.optimizers()

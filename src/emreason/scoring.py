@@ -82,7 +82,7 @@ def predict(
         for key, completion in drawn.items():
             if answers[key] is None and completion.finish_reason != "error":
                 said = tuple(i for i in completion.token_ids if i not in eos)
-                queue.append(Request(key, (*completion.request.prompt_ids, *said, *prompts.answer_cue_ids), cue, stop=lambda ids: True))
+                queue.append(Request(key, (*completion.request.prompt_ids, *said, *prompts.answer_cue_ids), cue, stop=lambda _: True))
         for completion in engine.generate(queue):
             key = str(completion.request.key)
             line = _text(tokenizer, completion.token_ids).strip().split("\n")[0]

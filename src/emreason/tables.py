@@ -108,7 +108,9 @@ def pairs_table(comparison: Comparison) -> Table:
         for p in comparison.pairs
     ]
     columns = ["dataset", "model", "pair", "difference (points)", "p", "p (Holm)", "seeds", "questions", "test"]
-    return Table("Paired comparisons", columns, rows, (3, 4, 5, 6, 7))
+    return Table(
+        "Paired comparisons (bootstrap over questions and seeds, or exact McNemar within one seed)", columns, rows, (3, 4, 5, 6, 7)
+    )
 
 
 def runs_table(runs: Sequence[Run]) -> Table:

@@ -53,4 +53,6 @@ def load_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
-    return model.to(dtype=dtype), tokenizer
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
