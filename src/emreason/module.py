@@ -137,6 +137,7 @@ class EMModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.train()  # models from `from_pretrained` start in eval mode
+        self.m_step_record = {}
         self._watch = Stopwatch()
         self._sums = {"nll": 0.0, "tokens": 0.0, "steps": 0.0}
         optimizer = self._optimizer()
@@ -195,11 +196,8 @@ class EMModule(L.LightningModule):
         values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
 
-    def on_train_epoch_end(self) -> None:
-        self.finish_m_step()
-
-    def finish_m_step(self) -> None:
-        """Close this iteration's M-step record: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds."""
+    def finish_m_step(self) -> dict[str, Any]:
+        """This iteration's M-step: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds; closed once asked for."""
         if not self.m_step_record:
             sums = self._sums
             self.m_step_record = {
@@ -208,6 +206,7 @@ class EMModule(L.LightningModule):
                 "tokens": int(sums["tokens"]),
                 "seconds": self._watch.seconds,
             }
+        return self.m_step_record
 
     # ---- ranks -----------------------------------------------------------------------------------------------------------------------
 

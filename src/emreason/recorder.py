@@ -108,10 +108,9 @@ class Recorder(Callback):
         record = {
             "iteration": iteration,
             "e_step": {k: v for k, v in e_step.record.items() if k != "iteration"},
-            "m_step": pl_module.m_step_record,
+            "m_step": pl_module.finish_m_step(),
             "validation": pl_module.scores.pop("validation", None),
         }
-        pl_module.m_step_record = {}
         if trainer.is_global_zero and "validation" in pl_module.predictions:
             write_predictions(self.folder, f"validation_iteration={iteration:03d}", pl_module.predictions.pop("validation"))
         earlier = [r for r in self.summary.values["iterations"] if r["iteration"] < iteration]

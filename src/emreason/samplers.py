@@ -147,7 +147,7 @@ def sample(
         question = by_id[question_id]
         rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
         if not is_settled([rationale], scheme):
-            queue.append(request(question, attempt + 1))
+            queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V
         yield rationale
 
 

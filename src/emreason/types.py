@@ -88,7 +88,7 @@ class Engine(Protocol):
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:
         """Consume `requests` from the left and yield completions as they finish, in any order.
 
-        The consumer may append to `requests` whenever it is handed a completion (a question's next attempt enters as
+        The consumer may add to `requests` whenever it is handed a completion (a question's next attempt enters as
         soon as the last one failed); generation ends when the deque is empty and nothing is running.
         """
         ...

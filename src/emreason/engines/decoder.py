@@ -16,8 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-PREFILL_TOKENS = 2048
-"""Prompt tokens per prefill forward; bounds its activations."""
+from emreason.engines.packing import PackedLinear, can_pack
+
+PREFILL_TOKENS = 512
+"""Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""
+
+ATTENTION_ROWS = 16
+"""Rows that attend together on a CPU, over the longest of them."""
+
+MIN_CASCADE = 16
+"""Shortest prefix common to all rows that is worth attending to once for all of them."""
+
+CACHE_STEP = 64
+"""Positions by which the cache grows at least."""
 
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
@@ -25,13 +36,20 @@ FUSED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 class Decoder(Protocol):
     """What the engine needs from a model. Positions count from 0; all methods run under inference mode."""
 
+    device: torch.device
     shares_prefixes: bool
+
+    def reserve(self, rows: int, width: int) -> None:
+        """Make room for `rows` sequences of `width` positions; what is cached stays. Best called once for many rows."""
 
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """Cache the K/V of `tokens` at positions start, start + 1, … of `row`, for each job (row, start, tokens)."""
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached."""
+    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
+        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached.
+
+        The first `shared` cached positions are known to hold the same tokens in all rows.
+        """
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row `target` becomes a copy of the first `length` positions of row `source`, which is free afterwards."""
@@ -46,7 +64,8 @@ class Decoder(Protocol):
 def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
     """The fused decoder where the architecture and every layer allow it, otherwise the model's own forward, row by row."""
     base = base_model(model)
-    return FusedDecoder(base, dtype) if can_fuse(base) else ForwardDecoder(model)
+    prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+    return FusedDecoder(base, dtype) if can_fuse(base) and not prompted else ForwardDecoder(model)
 
 
 def base_model(model: Any) -> Any:
@@ -66,50 +85,12 @@ def can_fuse(base: Any) -> bool:
     if type(base.model.embed_tokens) is not nn.Embedding:
         return False
     linears = [m for layer in layers for m in _linears(layer)] + [base.lm_head]
-    return all(_plain_linear(m) for m in linears) and len({p.device for p in base.parameters()}) == 1
+    return all(can_pack(m) for m in linears) and len({p.device for p in base.parameters()}) == 1
 
 
 def _linears(layer: Any) -> list[nn.Module]:
     a, m = layer.self_attn, layer.mlp
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
-
-
-def _plain_linear(module: Any) -> bool:
-    """An nn.Linear, or one with ordinary LoRA adapters around it; anything else (quantised, DoRA, …) is not ours to fuse."""
-    if type(module) is nn.Linear:
-        return True
-    if not hasattr(module, "lora_A") or type(module.get_base_layer()) is not nn.Linear:
-        return False
-    variants = getattr(module, "lora_variant", {})
-    return not variants and not any(getattr(module, "lora_bias", {}).values())
-
-
-def _weight(module: Any, dtype: torch.dtype) -> Tensor:
-    """The effective weight [out, in]: the base weight plus the active adapters' W_up W_down · scale."""
-    if type(module) is nn.Linear:
-        return module.weight.to(dtype)
-    weight = module.get_base_layer().weight
-    if not (module.merged or module.disable_adapters):
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                weight = weight.float() + module.get_delta_weight(adapter).float()
-    return weight.to(dtype)
-
-
-class PackedLinear:
-    """y = x Wᵀ + b for the stacked rows of one or more layers, packed once for the kernels of this device."""
-
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
-        weights = [_weight(m, dtype) for m in modules]
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        biases = [getattr(m, "base_layer", m).bias for m in modules]
-        self.bias = None
-        if any(b is not None for b in biases):
-            zeros = [w.new_zeros(w.shape[0]) for w in weights]
-            self.bias = torch.cat([z if b is None else b.to(dtype) for b, z in zip(biases, zeros, strict=True)])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class _Layer:
@@ -141,22 +122,22 @@ class FusedDecoder:
         self.norm, self.head = base.model.norm.weight.to(self.dtype), PackedLinear([base.lm_head], self.dtype)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._reserve(1, 128)
+        self.reserve(1, 1)
 
-    def _reserve(self, rows: int, width: int) -> None:
-        """Grow the cache [rows, kv_heads, width, head_dim] of every layer, one layer at a time so that the peak stays low."""
-        old_rows, old_width = self.keys[0].shape[0::2] if self.keys else (0, 0)
-        if rows <= old_rows and width <= old_width:
+    def reserve(self, rows: int, width: int) -> None:
+        have_rows, have_width = self.keys[0].shape[0::2] if self.keys else (0, 0)
+        if rows <= have_rows and width <= have_width:
             return
-        rows, width = max(rows, old_rows), max(-(-width // 64) * 64, old_width)
-        for cache in (self.keys, self.values):
-            for i in range(len(self.layers)):
+        rows = max(-(-rows // 8) * 8, have_rows) if rows > have_rows else have_rows
+        width = max(-(-width // CACHE_STEP) * CACHE_STEP, have_width)
+        for caches in (self.keys, self.values):
+            for i in range(len(self.layers)):  # layer by layer, so that the peak stays low
                 new = torch.zeros(rows, self.kv_heads, width, self.head_dim, dtype=self.dtype, device=self.device)
-                if i < len(cache):
-                    new[:old_rows, :, :old_width] = cache[i]
-                    cache[i] = new
+                if i < len(caches):
+                    new[:have_rows, :, :have_width] = caches[i]
+                    caches[i] = new
                 else:
-                    cache.append(new)
+                    caches.append(new)
         positions = torch.arange(width, device=self.device)
         cos, sin = self.rotary(self.norm, positions[None])
         self.positions, self.cos, self.sin = positions, cos[0, :, None], sin[0, :, None, : self.head_dim // 2]
@@ -185,17 +166,14 @@ class FusedDecoder:
         x += layer.down(F.silu(gate).mul_(up))
 
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        jobs = [job for job in jobs if job[2]]
-        if not jobs:
-            return
-        self._reserve(max(row for row, _, _ in jobs) + 1, max(start + len(tokens) for _, start, tokens in jobs) + 1)
         batch: list[tuple[int, int, Sequence[int]]] = []
-        for job in jobs:
+        for job in filter(lambda job: job[2], jobs):
             if batch and sum(len(tokens) for _, _, tokens in batch) + len(job[2]) > PREFILL_TOKENS:
                 self._prefill(batch)
                 batch = []
             batch.append(job)
-        self._prefill(batch)
+        if batch:
+            self._prefill(batch)
 
     def _prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """All prompts of `jobs` end to end as one sequence through the linear layers; attention is per prompt. No padding."""
@@ -225,26 +203,63 @@ class FusedDecoder:
             if i + 1 < len(self.layers):
                 self._finish(layer, x, attended.flatten(1))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        rows, width = len(lengths), max(lengths) + 1
-        self._reserve(rows, width)
+    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
+        rows, heads = len(lengths), self.kv_heads
+        self.reserve(rows, max(lengths) + 1)
+        shared = shared if shared >= MIN_CASCADE and rows > 1 and self.dtype == torch.float32 else 0
         at = torch.tensor(lengths, device=self.device)
         x = self.embedding(tokens).to(self.dtype)
         cos, sin = self.cos[at], self.sin[at]
-        kv_rows = torch.arange(rows * self.kv_heads, device=self.device).view(rows, -1)
-        slots = (kv_rows * self.keys[0].shape[2] + at[:, None]).flatten()
-        mask = torch.zeros(rows, 1, 1, width, dtype=self.dtype, device=self.device)
-        mask.masked_fill_((self.positions[:width] > at[:, None])[:, None, None], -math.inf)
+        stride = self.keys[0].shape[2]
+        slots = (torch.arange(rows * heads, device=self.device).view(rows, -1) * stride + at[:, None]).flatten()
+        chunks = []
+        size = ATTENTION_ROWS if self.device.type == "cpu" else rows
+        for begin in range(0, rows, size):
+            end = min(begin + size, rows)
+            width = max(lengths[begin:end]) + 1
+            mask = torch.zeros(end - begin, 1, 1, width - shared, dtype=self.dtype, device=self.device)
+            mask.masked_fill_((self.positions[shared:width] > at[begin:end, None])[:, None, None], -math.inf)
+            mask = mask.expand(-1, heads, self.heads // heads, -1).flatten(0, 1)
+            chunks.append((slice(begin * heads, end * heads), slice(shared, width), mask))
         for i, layer in enumerate(self.layers):
             q, k, v = self._project(layer, x, cos, sin)
-            self.keys[i].view(-1, self.head_dim).index_copy_(0, slots, k.reshape(-1, self.head_dim))
-            self.values[i].view(-1, self.head_dim).index_copy_(0, slots, v.reshape(-1, self.head_dim))
-            # The queries of a group attend as if they were successive positions: K and V are read once, never expanded.
-            query = q.reshape(rows, self.kv_heads, -1, self.head_dim)
-            keys, values = self.keys[i][:rows, :, :width], self.values[i][:rows, :, :width]
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
-            self._finish(layer, x, out.reshape(rows, -1))
+            keys, values = self.keys[i].view(-1, stride, self.head_dim), self.values[i].view(-1, stride, self.head_dim)
+            keys.view(-1, self.head_dim).index_copy_(0, slots, k.reshape(-1, self.head_dim))
+            values.view(-1, self.head_dim).index_copy_(0, slots, v.reshape(-1, self.head_dim))
+            # [rows * kv_heads, group, head_dim]: the queries of a group meet their K and V together, which are never expanded.
+            attended = self._attend(q.reshape(rows * heads, -1, self.head_dim), keys, values, chunks, shared)
+            self._finish(layer, x, attended.view(rows, -1))
         return self.head(self._rms_norm(x, self.norm))
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, chunks: Sequence[tuple[slice, slice, Tensor]], shared: int) -> Tensor:
+        """Attention of q [rows * kv_heads, group, head_dim] over keys and values [·, width, head_dim], chunk by chunk of rows.
+
+        The first `shared` positions are the same in every row: they are read once, from row 0, for all rows together.
+        """
+        out = torch.empty_like(q)
+        if shared:
+            heads = self.kv_heads
+            together = q.view(-1, heads, *q.shape[1:]).transpose(0, 1).reshape(heads, -1, self.head_dim)
+            scores = torch.bmm(together, keys[:heads, :shared].transpose(1, 2)).mul_(self.scale)
+            scores = scores.view(heads, -1, q.shape[1], shared).transpose(0, 1).flatten(0, 1)
+            weights = torch.empty_like(scores)
+        for rows, live, mask in chunks:
+            if self.dtype != torch.float32:  # bmm would round the scores to half precision
+                args = q[rows, None], keys[rows, None, live], values[rows, None, live], mask[:, None]
+                out[rows] = F.scaled_dot_product_attention(*args, scale=self.scale)[:, 0]
+                continue
+            own = torch.baddbmm(mask, q[rows], keys[rows, live].transpose(1, 2), alpha=self.scale)
+            if not shared:
+                torch.bmm(own.softmax(-1), values[rows, live], out=out[rows])
+                continue
+            probabilities = torch.cat([scores[rows], own], dim=-1).softmax(-1)
+            weights[rows] = probabilities[..., :shared]
+            torch.bmm(probabilities[..., shared:], values[rows, live], out=out[rows])
+        if shared:
+            together = weights.view(-1, heads, *weights.shape[1:]).transpose(0, 1).reshape(heads, -1, shared)
+            part = torch.bmm(together, values[:heads, :shared])
+            out.view(-1, heads, *q.shape[1:]).add_(part.view(heads, -1, *q.shape[1:]).transpose(0, 1))
+        return out
 
     def move(self, source: int, target: int, length: int) -> None:
         for cache in (*self.keys, *self.values):
@@ -254,7 +269,6 @@ class FusedDecoder:
         return torch.stack([cache[row, :, :length] for cache in (*self.keys, *self.values)])
 
     def load(self, row: int, saved: Tensor, length: int) -> None:
-        self._reserve(row + 1, length + 1)
         for cache, part in zip((*self.keys, *self.values), saved, strict=True):
             cache[row, :, :length] = part[:, :length]
 
@@ -271,6 +285,9 @@ class ForwardDecoder:
         last_only = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
         self.options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
 
+    def reserve(self, rows: int, width: int) -> None:
+        pass
+
     def _forward(self, row: int, start: int, tokens: Tensor) -> Tensor:
         if start == 0:
             self.caches[row] = DynamicCache(config=base_model(self.model).config)
@@ -283,7 +300,7 @@ class ForwardDecoder:
             if tokens:
                 self._forward(row, start, torch.tensor(tokens, device=self.device))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:  # noqa: ARG002
         return torch.cat([self._forward(row, length, tokens[row : row + 1]) for row, length in enumerate(lengths)])
 
     def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
