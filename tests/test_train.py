@@ -161,7 +161,7 @@ def test_evaluating_and_reporting_a_finished_run(finished, tmp_path):
     assert result["n"] == 10, done.stdout
     assert 0 <= result["pass@1"] <= result["pass@2"] <= result["pass@4"] <= 1
     run("emreason-report", str(finished.parent), "--out", str(tmp_path / "report"), cwd=tmp_path)
-    made = {p.name for p in (tmp_path / "report").iterdir()}
+    made = {p.name for p in (tmp_path / "report").rglob("*")}
     assert "report.html" in made
     assert any(name.endswith(".png") for name in made)
 

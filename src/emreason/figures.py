@@ -205,7 +205,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
         return None
     scale = 100.0 if plot.share else 1.0
     extras: dict[str, dict[str, Any]] = {}
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure, axes = _grid([group for _, group, _ in panels], plot.x_label, plot.y_label)
         for ax, (title, group, curves) in zip(axes, panels, strict=True):
             companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
@@ -260,7 +260,7 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return None
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         x_label = "base model's solve rate (%)    hard → easy"
         figure, axes = _grid([group for _, group, _ in panels], x_label, "questions accepted (%)")
         for ax, (title, _, shown) in zip(axes, panels, strict=True):
@@ -295,7 +295,7 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     width, height = (5.0, 3.3) if count == 1 else (3.2, 2.5)
     figure = Figure(figsize=(width * columns, height * rows + 0.35), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for n, ax in enumerate(axes):
         ax.set_visible(n < count)

@@ -197,7 +197,7 @@ class EMModule(L.LightningModule):
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
 
     def finish_m_step(self) -> dict[str, Any]:
-        """This iteration's M-step: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds; closed once asked for."""
+        """This iteration's M-step: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds; closed once asked."""
         if not self.m_step_record:
             sums = self._sums
             self.m_step_record = {

@@ -59,7 +59,8 @@ def paper_table(comparison: Comparison) -> Table:
     """Scheme × model × dataset: test accuracy in %, mean ± half of the 95 % interval over seeds, number of seeds in brackets."""
     datasets = sorted({cell.dataset for cell in comparison.cells})
     models = sorted({cell.model for cell in comparison.cells})
-    rows, rules = [], []
+    rows: list[list[Entry]] = []
+    rules: list[int] = []
     for model in models:
         here = [cell for cell in comparison.cells if cell.model == model]
         rules.append(len(rows))
