@@ -212,3 +212,28 @@ def test_bad_input_is_one_sentence(tmp_path, overrides, words):
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.slow
+def test_the_exported_model_is_the_one_that_was_best_on_validation(finished):
+    """Not the last one, and not the best on test."""
+    summary = json.loads((finished / "summary.json").read_text())
+    accuracies = [r["validation"]["accuracy"] for r in summary["iterations"]]
+    assert summary["best_iteration"] == accuracies.index(max(accuracies))
+    assert all("test" not in r for r in summary["iterations"])  # test is looked at once, after the choice
+    best = torch.load(finished / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == summary["best_iteration"]
+    exported = AutoModelForCausalLM.from_pretrained(finished / "model").state_dict()
+    assert all(torch.equal(exported[k.removeprefix("model.")], v) for k, v in best["state_dict"].items())
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_the_rationales_of_one(finished, tmp_path):
+    folder = tmp_path / "ranks"
+    smoke(folder, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=1")
+    ours, theirs = learned(folder)[1], [r for r in learned(finished)[1] if r["iteration"] == 0]
+    assert ours == theirs
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["iterations"][0]["e_step"]["questions"] == 40
+    assert [p.name for p in sorted((folder / "rationales").iterdir())] == ["iteration=000.jsonl", "iteration=000.meta.json"]

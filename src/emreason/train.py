@@ -27,6 +27,7 @@ from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.types import UserError
 
 __all__ = ["main", "train"]
 
@@ -77,6 +78,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise
     except BaseException as error:
         summary.update(status="failed", error=str(error) or type(error).__name__)
+        if isinstance(error, FloatingPointError):
+            raise UserError(f"{error}; lower optimizer.lr, or use engine.dtype=float32.") from error
         raise
     finally:
         finish()
