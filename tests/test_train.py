@@ -179,6 +179,17 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
+    done = run("emreason", "-m", *SMOKE, "sampler.budget=0,8", "trainer.max_epochs=1", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "1 of 2 jobs failed" in done.stderr
+    summaries = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/**/summary.json")]
+    assert sorted(s["status"] for s in summaries) == ["failed", "finished"]
+    assert "RS-8" in done.stdout
+
+
+@pytest.mark.slow
 def test_lora_trains_the_adapter_alone_and_exports_it(tmp_path):
     from peft import PeftModel
 

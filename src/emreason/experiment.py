@@ -28,6 +28,9 @@ _INSTALLED = Path(__file__).resolve().parent / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf")
 """The config tree: inside the package once installed, at the top of the repository in a checkout."""
 
+EXPECTED = (UserError, HydraException, OmegaConfBaseException)
+"""Errors that are told in one sentence; anything else is a bug and keeps its traceback."""
+
 MAY_CHANGE = ("trainer", "logger", "rationale_rows", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
 """Config keys that a resumed run may change: they do not alter what is sampled or learned."""
 
@@ -115,7 +118,7 @@ def report_errors(task: Callable[[], Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         task()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except EXPECTED as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         sys.exit(1)
 

@@ -33,6 +33,7 @@ class MStep:
         normalize: see `datamodule.make_steps`.
         max_grad_norm: gradients are scaled down to this norm; None is off.
         warmup_steps: optimizer steps of linear warm-up, in the run (`carry`) or in each iteration (`reset`).
+        decay: lower the learning rate linearly to 0 within each M-step, so that its last steps do not leave noise in the weights.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         on_zero_accepted: `error`, or `skip` the update of an iteration without accepted rationales.
     """
@@ -45,6 +46,7 @@ class MStep:
     normalize: Normalize = "questions"
     max_grad_norm: float | None = 1.0
     warmup_steps: int = 0
+    decay: bool = False
     gradient_checkpointing: bool = False
     on_zero_accepted: Literal["error", "skip"] = "error"
 
@@ -183,9 +185,12 @@ class EMModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.m_step.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
             raise _not_finite("gradient", batch_idx, [b.question_ids for b in step.batches])
+        schedule: Any = self.lr_schedulers()
+        left = 1 - batch_idx / float(self.trainer.num_training_batches) if self.m_step.decay else 1.0
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr * left
         optimizer.step()
         optimizer.zero_grad()
-        schedule: Any = self.lr_schedulers()
         schedule.step()
         totals = self._reduce(torch.tensor([float(nll), float(tokens)], dtype=torch.float64))
         self._sums = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -22,7 +24,7 @@ from transformers.utils import logging as hf_logging
 from emreason.dashboard import RationaleTable, finish
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
-from emreason.experiment import CONF, Experiment, build, check_same_config, console, report_errors, resolve
+from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
 from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.model import export
 from emreason.module import EMModule
@@ -77,7 +79,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         console().print(f"Interrupted; the same command continues the run: {folder}", highlight=False)
         raise
     except BaseException as error:
-        summary.update(status="failed", error=str(error) or type(error).__name__)
+        summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
         if isinstance(error, FloatingPointError):
             raise UserError(f"{error}; lower optimizer.lr, or use engine.dtype=float32.") from error
         raise
@@ -167,8 +169,19 @@ def _task(cfg: DictConfig) -> float | None:
     from emreason.report import collect, print_runs
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    summary = train(cfg, folder)
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        summary = train(cfg, folder)
+    except Exception as error:
+        if not sweep:
+            raise
+        # the other jobs go on; the sweep ends with this failure
+        known = isinstance(error, EXPECTED)
+        console().print(f"Failed: {folder}: {one_sentence(error)}" if known else traceback.format_exc(), highlight=False)
+        return None
+    if sweep:
+        console().print(f"Run folder: {folder}", highlight=False)
+    elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print_runs(collect([folder]), Console())
         print(f"Run folder: {folder}")
     accuracies = [r["validation"]["accuracy"] for r in summary["iterations"] if r.get("validation")]
