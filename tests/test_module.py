@@ -275,6 +275,30 @@ def test_init_base_starts_every_m_step_from_the_base_weights(tmp_path):
     assert (ends[3] - base).norm() < 1.3 * (ends[1] - base).norm()
 
 
+@pytest.mark.parametrize(
+    ("m_step", "expected"),
+    [
+        (MStep(batch_size=2), [1, 1, 1, 1] * 2),
+        (MStep(batch_size=2, decay=True), [1, 0.75, 0.5, 0.25] * 2),
+        (MStep(batch_size=2, warmup_steps=3), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        (MStep(batch_size=2, warmup_steps=3, optimizer="reset"), [0.25, 0.5, 0.75, 1] * 2),
+    ],
+)
+def test_the_learning_rate_over_two_iterations(tmp_path, m_step, expected):
+    questions = numbers(8)
+    rates: list[float] = []
+    module = em_module(m_step=m_step, lr=1e-3)
+
+    def make(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=1e-3)
+        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"] / 1e-3))
+        return optimizer
+
+    module.make_optimizer = make
+    fit(tmp_path, questions, gold_script(questions), module=module, epochs=2)
+    assert rates == pytest.approx(expected)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     questions = numbers(4)
     module = em_module()

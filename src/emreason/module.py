@@ -153,8 +153,6 @@ class EMModule(L.LightningModule):
             optimizer.state.clear()
             schedule: Any = self.lr_schedulers()
             schedule.last_epoch = 0
-            for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group["lr"] = lr * factor(0)
 
     def _optimizer(self) -> Optimizer:
         optimizer: Any = self.optimizers()
@@ -187,8 +185,8 @@ class EMModule(L.LightningModule):
             raise _not_finite("gradient", batch_idx, [b.question_ids for b in step.batches])
         schedule: Any = self.lr_schedulers()
         left = 1 - batch_idx / float(self.trainer.num_training_batches) if self.m_step.decay else 1.0
-        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = lr * left
+        for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch) * left
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
