@@ -9,8 +9,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
-from emreason.types import UserError
-
 
 class SweepTable(Callback):
     """Collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
@@ -27,7 +25,7 @@ class SweepTable(Callback):
         """Print the table of all jobs.
 
         Raises:
-            UserError: some job did not finish; names them.
+            SystemExit: some job did not finish; names them. (Hydra turns any `Exception` of a callback into a warning and exits with 0.)
         """
         from emreason.recorder import read_summary
         from emreason.report import collect, print_runs
@@ -38,4 +36,4 @@ class SweepTable(Callback):
         unfinished = [folder for folder in self.folders if read_summary(folder).get("status") != "finished"]
         if unfinished:
             names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
-            raise UserError(f"{len(unfinished)} of {len(self.folders)} jobs failed, the same command tries them again: {names}")
+            raise SystemExit(f"error: {len(unfinished)} of {len(self.folders)} jobs failed, the same command tries them again: {names}")
