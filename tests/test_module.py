@@ -10,9 +10,11 @@ import torch
 from conftest import TEMPLATE, ScriptedEngine, numbers
 from test_samplers import RIGHT, WRONG, scheme
 
+from emreason import scoring
 from emreason.datamodule import Example, RationaleDataModule, Step, collate, make_steps
 from emreason.e_step import EStep
 from emreason.journal import Journal
+from emreason.model import add_lora
 from emreason.module import EMModule, MStep, master_weights
 from emreason.prompts import Prompts
 from emreason.samplers import training_ids
@@ -208,6 +210,43 @@ def test_token_logprobs_equal_the_library_s_loss(family):
         n = len(row.completion_ids)
         assert -ours[start : start + n].mean().item() == pytest.approx(expected.item(), abs=1e-5)
         start += n
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "lora"])
+def test_a_shared_prefix_changes_neither_log_probabilities_nor_gradients(family, monkeypatch):
+    module = em_module(family="llama" if family == "lora" else family)
+    if family == "lora":
+        module.model = add_lora(module.model, r=4, alpha=8)
+        for parameter in module.trainable():  # B starts at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = examples(module)
+    batch = collate(rows, [1.0] * len(rows), module.tokenizer.pad_token_id)
+    shared = scoring.shared_prefix(batch.input_ids, batch.completion_mask)
+    assert 4 < shared < min(len(row.prompt_ids) for row in rows)
+    results = []
+    for least in (1, 10**9):  # with and without
+        monkeypatch.setattr(scoring, "MIN_SHARED", least)
+        logprobs = token_logprobs(module.model, batch.input_ids, batch.completion_mask)
+        gradients = torch.autograd.grad(logprobs.square().sum(), module.trainable())
+        results.append((logprobs, torch.cat([g.flatten() for g in gradients])))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-4 * results[1][1].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt", "expected"),
+    [
+        ([[1, 2, 3, 9], [1, 2, 4, 9]], 3, 2),
+        ([[1, 2, 3, 9], [1, 2, 3, 8]], 3, 2),
+        ([[1, 2, 3, 9]], 3, 0),
+        ([[1, 2, 9, 9], [5, 2, 9, 9]], 2, 0),
+    ],
+)
+def test_a_shared_prefix_ends_before_the_last_prompt_token(rows, prompt, expected):
+    """The state of the last prompt token predicts the first completion token, so each row needs its own."""
+    mask = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
+    mask[:, prompt:] = True
+    assert scoring.shared_prefix(torch.tensor(rows), mask) == expected
 
 
 def gradient_of(module, steps):

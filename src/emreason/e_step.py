@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from emreason import __version__
 from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
 from emreason.journal import Journal
+from emreason.memory import release_memory
 from emreason.model import weights_fingerprint
 from emreason.module import EMModule
 from emreason.progress import bar
@@ -80,6 +80,7 @@ class EStep(Callback):
             by_id = {q.id: q for q in self.questions}
             self.journal.finalize(iteration, (self.journal_record(by_id[r.question_id], r) for r in everything))
         trainer.strategy.barrier("journal written")
+        release_memory()  # the engine's cache, before the M-step's activations
         self.record = e_step_record(iteration, self.questions, everything, self.scheme, watch.seconds)
         return self._make_steps(trainer, module, iteration, everything)
 
@@ -164,8 +165,7 @@ class EStep(Callback):
         pl_module.log_dict({**values, "iteration": float(trainer.current_epoch)})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the M-step's activations, before the engine takes its cache
+        release_memory()  # the M-step's activations, before the engine takes its cache
 
 
 def e_step_record(

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from emreason.datasets import Dataset
+from emreason.memory import keep_freed_memory
 from emreason.model import choose_dtype
 from emreason.prompts import Prompts
 from emreason.types import Engine, UserError
@@ -56,6 +57,7 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     Raises:
         UserError: data or model cannot be loaded.
     """
+    keep_freed_memory()
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     for split in ("train", "validation", "test"):
         dataset.questions(split)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from emreason.answers import answer_line_complete, correct, extract
 from emreason.model import base_causal_lm
@@ -23,6 +23,9 @@ from emreason.types import Completion, Engine, Question, Request, SamplingParams
 
 FORCED_TOKENS = 8
 """Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few for more reasoning."""
+
+MIN_SHARED = 8
+"""Shortest common prefix of a batch that is worth a forward of its own."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
-    once. Rows are padded on the right, where causal attention needs no mask.
+    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with (system prompt, instruction, a
+    shared question) is computed once.
 
     Args:
         input_ids: [rows, length] int64, right-padded.
@@ -155,9 +159,16 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     """
     causal_lm = base_causal_lm(model)
     decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
-    hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    shared = shared_prefix(input_ids, completion_mask)
+    if shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
+        hidden, shared = decoder(input_ids=input_ids, use_cache=False).last_hidden_state, 0
+    else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
+        prefix = DynamicCache(config=causal_lm.config)
+        decoder(input_ids=input_ids[:1, :shared], past_key_values=prefix, use_cache=True)
+        prefix.batch_repeat_interleave(len(input_ids))
+        hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
     # the state at t predicts token t + 1
-    states = hidden[:, :-1][completion_mask[:, 1:]]
+    states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
 
     def logprobs(states: Tensor, targets: Tensor) -> Tensor:
@@ -169,6 +180,14 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     for s, t in zip(states.split(chunk), targets.split(chunk), strict=True):
         parts.append(checkpoint(logprobs, s, t, use_reentrant=False) if torch.is_grad_enabled() else logprobs(s, t))
     return torch.cat(parts)
+
+
+def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
+    """Leading positions that hold the same tokens in all rows and come before every row's last prompt token; 0 for one row."""
+    if len(input_ids) < 2:
+        return 0
+    differs = (input_ids != input_ids[:1]).any(0) | completion_mask.any(0).roll(-1)
+    return int(differs.float().argmax())
 
 
 def mean(values: Iterable[float]) -> float | None:

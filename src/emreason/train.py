@@ -26,6 +26,7 @@ from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
 from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
+from emreason.memory import release_memory
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
@@ -70,6 +71,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         },
     )
     summary.update(status="running")
+    experiment: Experiment | None = None
     try:
         experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
@@ -85,6 +87,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise
     finally:
         finish()
+        experiment = None
+        release_memory()  # a sweep's next job starts without this one's model
     return summary.values
 
 
