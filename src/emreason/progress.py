@@ -37,8 +37,9 @@ class Bar:
         elif time.monotonic() - self.printed > EVERY_S:
             self.printed = time.monotonic()
             seconds = time.monotonic() - self.started
-            left = seconds / self.done * (self.total - self.done) if self.done else float("nan")
-            self.console.print(f"{self.label}: {self.done}/{self.total} {self.unit} · {self._rate()} · {left:.0f} s left", highlight=False)
+            # the first units come late and together: no estimate from them
+            left = f" · {seconds / self.done * (self.total - self.done):.0f} s left" if self.done > 0.05 * self.total else ""
+            self.console.print(f"{self.label}: {self.done}/{self.total} {self.unit} · {self._rate()}{left}", highlight=False)
 
     def _rate(self) -> str:
         rate = self.tokens / max(time.monotonic() - self.started, 1e-6)

@@ -37,7 +37,6 @@ class Decoder(Protocol):
     """What the engine needs from a model. Positions count from 0; all methods run under inference mode."""
 
     device: torch.device
-    shares_prefixes: bool
 
     def reserve(self, rows: int, width: int) -> None:
         """Make room for `rows` sequences of `width` positions; what is cached stays. Best called once for many rows."""
@@ -53,12 +52,6 @@ class Decoder(Protocol):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row `target` becomes a copy of the first `length` positions of row `source`, which is free afterwards."""
-
-    def save(self, row: int, length: int) -> Any:
-        """A copy of the first `length` positions of `row`, for `load`."""
-
-    def load(self, row: int, saved: Any, length: int) -> None:
-        """Put the first `length` positions of a `save`d copy into `row`."""
 
 
 def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
@@ -108,8 +101,6 @@ class FusedDecoder:
 
     Takes a private, packed copy of the weights (of the adapters too) when it is made: one decoder per `generate` call.
     """
-
-    shares_prefixes = True
 
     def __init__(self, base: Any, dtype: torch.dtype | None = None):
         config = base.config
@@ -266,17 +257,17 @@ class FusedDecoder:
             cache[target, :, :length] = cache[source, :, :length]
 
     def save(self, row: int, length: int) -> Tensor:
+        """A copy of the first `length` positions of `row`, for `load`."""
         return torch.stack([cache[row, :, :length] for cache in (*self.keys, *self.values)])
 
     def load(self, row: int, saved: Tensor, length: int) -> None:
+        """Put the first `length` positions of a `save`d copy into `row`."""
         for cache, part in zip((*self.keys, *self.values), saved, strict=True):
             cache[row, :, :length] = part[:, :length]
 
 
 class ForwardDecoder:
     """Any causal LM through its own forward, one row at a time with a cache of its own: slow, simple, without padding."""
-
-    shares_prefixes = False
 
     def __init__(self, model: Any):
         self.model = model
@@ -305,9 +296,3 @@ class ForwardDecoder:
 
     def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
         self.caches[target] = self.caches.pop(source)
-
-    def save(self, row: int, length: int) -> None:
-        raise NotImplementedError("prefixes are not shared here")
-
-    def load(self, row: int, saved: Any, length: int) -> None:
-        raise NotImplementedError("prefixes are not shared here")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emreason.engines.decoder import Decoder, base_model, make_decoder
+from emreason.engines.decoder import Decoder, FusedDecoder, base_model, make_decoder
 from emreason.types import Completion, FinishReason, Request, SamplingParams
 
 CHAT_STOPS = ("<|im_end|>", "<|eot_id|>")
@@ -114,7 +114,7 @@ class _Batch:
 
     def __init__(self, engine: InProcessEngine, decoder: Decoder):
         self.engine, self.decoder, self.stats = engine, decoder, engine.stats
-        self.prefixes = PrefixCache(engine.prefix_tokens if decoder.shares_prefixes else 0)
+        self.prefixes = PrefixCache(engine.prefix_tokens if isinstance(decoder, FusedDecoder) else 0)
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
         self.shared = 0  # leading positions that hold the same tokens in all rows
@@ -163,14 +163,14 @@ class _Batch:
             if self.prefixes.capacity and within >= known + MIN_SHARED:
                 waiting.append(index)
                 continue
-            if known:
+            if known and isinstance(self.decoder, FusedDecoder):
                 self.decoder.load(index, saved, known)
             jobs.append((index, known, ids[known:].tolist()))
             self.stats.reused += known
             self.stats.prefilled += len(ids) - known
         self.decoder.prefill(jobs)
         for index, _, fresh in jobs:
-            if fresh and (ids := self.rows[index].ids).size <= self.prefixes.capacity:
+            if fresh and (ids := self.rows[index].ids).size <= self.prefixes.capacity and isinstance(self.decoder, FusedDecoder):
                 self.prefixes.add(ids, self.decoder.save(index, len(ids)))
         return waiting
 

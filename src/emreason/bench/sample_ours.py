@@ -1,0 +1,45 @@
+"""E-step contender: this project's in-process engine. `python sample_ours.py WORK RESULT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emreason.engines.inprocess import InProcessEngine
+from emreason.memory import keep_freed_memory
+from emreason.model import load_pretrained
+from emreason.types import Request, SamplingParams
+
+
+def main(work: dict[str, Any]) -> dict[str, Any]:
+    """Sample every shape; also returns the drawn ids, from which the M-step's sequences are made."""
+    keep_freed_memory()
+    model, tokenizer = load_pretrained(work["model"], dtype=getattr(torch, work["dtype"]))
+    engine = InProcessEngine(model.to(work["device"]), tokenizer)
+
+    def run(prompts: list[list[int]], samples: int, max_new_tokens: int) -> tuple[int, float, list[Any]]:
+        params = SamplingParams(1.0, 1.0, max_new_tokens)
+        queue = deque(Request((i, k), tuple(p), params, seed=1000 * i + k) for i, p in enumerate(prompts) for k in range(samples))
+        start = time.perf_counter()
+        done = list(engine.generate(queue))
+        seconds = time.perf_counter() - start
+        drawn = sorted(done, key=lambda c: repr(c.request.key))  # the M-step's order
+        return sum(len(c.token_ids) for c in done), seconds, [[list(c.request.prompt_ids), list(c.token_ids)] for c in drawn]
+
+    run(work["shapes"]["1 sample of 64 questions"][0][:4], 1, 8)  # warm up
+    rows, sequences = [], None
+    for shape, (prompts, samples) in work["shapes"].items():
+        tokens, seconds, drawn = run(prompts, samples, work["max_new_tokens"])
+        rows.append({"work": shape, "tokens": tokens, "seconds": seconds})
+        sequences = sequences or drawn
+    return {"rows": rows, "sequences": sequences}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

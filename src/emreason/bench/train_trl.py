@@ -1,0 +1,64 @@
+"""M-step contender: TRL's SFTTrainer, in an environment of its own. `python train_trl.py WORK RESULT [key=value …]`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The same optimizer steps on the same sequences; `options` go to `SFTConfig`, everything else is TRL's default."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        start = seconds = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+
+    sequences = work["sequences"]
+    data = Dataset.from_dict(
+        {"input_ids": [p + c for p, c in sequences], "completion_mask": [[0] * len(p) + [1] * len(c) for p, c in sequences]}
+    )
+    dtype = getattr(torch, options.pop("dtype", "float32"))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "output_dir": folder,
+            "per_device_train_batch_size": work["batch"],
+            "num_train_epochs": 1,
+            "learning_rate": 1e-5,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "max_length": None,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": work["device"] == "cpu",
+        }
+        config = SFTConfig(**(settings | options))
+        clock = Clock()
+        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(work["model"])
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = sum(len(p) + len(c) for p, c in sequences)
+    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": losses}]}
+
+
+if __name__ == "__main__":
+    pairs = (argument.split("=", 1) for argument in sys.argv[3:])
+    settings = {key: ast.literal_eval(value) for key, value in pairs}
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()), settings)))
