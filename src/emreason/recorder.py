@@ -21,11 +21,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from emreason import __version__
 from emreason.e_step import EStep, iterations_done
 from emreason.journal import JsonLines, read_lines, to_line, write_atomic, write_json
+from emreason.model import weights_fingerprint
 from emreason.module import EMModule
 from emreason.scoring import Prediction
 from emreason.types import Question
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "vllm")
+
+_MEASURED: dict[tuple[Any, ...], tuple[dict[str, Any], list[Prediction]]] = {}
+"""Baselines measured by this process: the jobs of a sweep often start from the same model."""
 
 
 class Summary:
@@ -84,12 +88,17 @@ class Recorder(Callback):
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
 
     def _baseline(self, trainer: L.Trainer, module: EMModule) -> dict[str, Any]:
+        weights = weights_fingerprint(module.model) if self.baseline_splits else ""
+
         def evaluate(split: str, n_examples: int, label: str) -> dict[str, Any] | None:
             questions: list[Question] = trainer.datamodule.questions[split]  # type: ignore[attr-defined]
             if split not in self.baseline_splits:
                 return None
             mine = questions[trainer.global_rank :: trainer.world_size]
-            score, predictions = module.evaluate(mine, label, n_examples)
+            key = (weights, module.prompts.fingerprint(), tuple(questions), n_examples, module.max_new_tokens, module.forced)
+            if key not in _MEASURED:
+                _MEASURED[key] = module.evaluate(mine, label, n_examples)
+            score, predictions = _MEASURED[key]
             if trainer.is_global_zero:
                 shots = "few_shot" if n_examples else "zero_shot"
                 write_predictions(self.folder, f"baseline_{shots}_{split}", predictions)
