@@ -17,10 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 from transformers.utils import logging as hf_logging
 
+from emreason.checks import check_values, try_optimizer
 from emreason.dashboard import RationaleTable, finish
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
@@ -42,6 +44,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
     """
     folder = folder.resolve()
+    check_values(cfg)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return _train(cfg, folder)
     with locked(folder):
@@ -73,12 +76,12 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
+        try_optimizer(hydra.utils.instantiate(cfg.optimizer))
         experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
         _run(cfg, folder, experiment, summary)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         summary.update(status="interrupted")
-        console().print(f"Interrupted; the same command continues the run: {folder}", highlight=False)
         raise
     except BaseException as error:
         summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
@@ -96,6 +99,7 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     last = folder / "checkpoints" / "last.ckpt"
     iterations_done = _iterations_done(last)
+    _iterations_done(last.with_name("best.ckpt"))  # it is read at the end: better told now
     scheme = hydra.utils.instantiate(cfg.sampler)
     datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
     module = EMModule(
@@ -137,7 +141,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
 def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any]) -> L.Trainer:
     logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
-    return hydra.utils.instantiate(cfg.trainer, _partial_=True)(
+    make = functools.partial(
+        hydra.utils.instantiate(cfg.trainer, _partial_=True),
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
@@ -150,14 +155,28 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    try:
+        trainer: L.Trainer = make()
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
+    # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
-def _iterations_done(last: Path) -> int:
-    """EM iterations that the last checkpoint completes."""
-    if not last.exists():
+def _iterations_done(checkpoint: Path) -> int:
+    """EM iterations that a checkpoint completes.
+
+    Raises:
+        UserError: the file is not a checkpoint.
+    """
+    if not checkpoint.exists():
         return 0
-    progress = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
-    return int(progress["current"]["processed"])
+    try:
+        progress = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
+        return int(progress["current"]["processed"])
+    except Exception as error:  # whatever else the file may be; nothing in it is run
+        raise UserError(f"{checkpoint} is not a checkpoint of this program; restore it, or begin again with overwrite=true.") from error
 
 
 def _clear(folder: Path) -> None:
@@ -195,7 +214,7 @@ def _task(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Console script `emreason`."""
     quiet()
-    report_errors(_task)
+    report_errors(_task, again="goes on where it stopped")
 
 
 def quiet() -> None:
