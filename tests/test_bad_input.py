@@ -244,7 +244,8 @@ CASES: dict[str, Case] = {
         "emreason", [*ARC_ARGS, "data_root=hub"], a_file(f"{ARC}/train-0.parquet", "PAR1"), ["train-0.parquet", "cannot be read"],
     ),
     "data_root with other columns": (
-        "emreason", [*ARC_ARGS, "data_root=hub"], parquet(f"{ARC}/train-0.parquet", [{"a": 1}]), ["arc_challenge", "no column 'question'", "data_root"],
+        "emreason", [*ARC_ARGS, "data_root=hub"], parquet(f"{ARC}/train-0.parquet", [{"a": 1}]),
+        ["arc_challenge", "no column 'question'", "data_root"],
     ),
     # --- models
     "model that is not there": ("emreason", model("model.load.path=nobody/nothing"), nothing, ["model.load.path", "nobody/nothing"]),

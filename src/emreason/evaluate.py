@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from emreason.answers import answer_line_complete, correct, extract
 from emreason.checks import check_values
@@ -24,7 +25,7 @@ from emreason.samplers import Scheme, draw_seed
 from emreason.scoring import Stopwatch, mean, predict, score, token_logprobs
 from emreason.stats import pass_at_k, wilson
 from emreason.train import quiet
-from emreason.types import Question, Request, UserError
+from emreason.types import Question, Request, UserError, plain
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _task(cfg: DictConfig) -> float:
     if cfg.run is not None:
         cfg, folder = with_run(cfg, HydraConfig.get().overrides.task), Path(cfg.run)
     result = evaluate(cfg, folder)
-    table = Table(title=f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")
+    table = Table(title=Text(plain(f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for key, value in result.items():

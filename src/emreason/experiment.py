@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from emreason.checks import check_arguments
 from emreason.datasets import Dataset
 from emreason.interrupt import stop_on_signals
-from emreason.memory import keep_freed_memory
+from emreason.memory import keep_freed_memory, out_of_memory_told
 from emreason.model import choose_dtype
 from emreason.prompts import Prompts
 from emreason.types import Engine, UserError, plain
@@ -52,6 +52,7 @@ class Experiment:
     dtype: torch.dtype
 
 
+@out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
 def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
     """Load data first (its errors are cheap), then the model.
 
@@ -172,4 +173,7 @@ def one_sentence(error: BaseException) -> str:
             text = str(cause)
             break
         cause = cause.__cause__
+    text = text.partition("Config search path:")[0]  # where Hydra looked is no help
+    if text.startswith("Could not override"):
+        text = f"{text}, or see every key there is: emreason --cfg job"
     return plain(" ".join(text.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import shutil
 import traceback
 import warnings
@@ -28,10 +29,11 @@ from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
 from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
-from emreason.memory import release_memory
+from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.sweep import run_apart, several_ranks
 from emreason.types import UserError
 
 __all__ = ["main", "train"]
@@ -87,6 +89,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
         if isinstance(error, FloatingPointError):
             raise UserError(f"{error}; lower optimizer.lr, or use engine.dtype=float32.") from error
+        if re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
+            raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:
         finish()
@@ -95,6 +99,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return summary.values
 
 
+@out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     last = folder / "checkpoints" / "last.ckpt"
@@ -193,6 +198,8 @@ def _task(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and several_ranks(cfg):
+        return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))
     try:
         summary = train(cfg, folder)
     except Exception as error:
@@ -207,8 +214,11 @@ def _task(cfg: DictConfig) -> float | None:
     elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print_runs(collect([folder]), Console())
         print(f"Run folder: {folder}")
-    accuracies = [r["validation"]["accuracy"] for r in summary["iterations"] if r.get("validation")]
-    return max(accuracies, default=None)
+    return _best_accuracy(summary)
+
+
+def _best_accuracy(summary: dict[str, Any]) -> float | None:
+    return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 
 
 def main() -> None:
@@ -222,6 +232,8 @@ def quiet() -> None:
     hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    # which rank died, and that the others are ended for it
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
