@@ -39,21 +39,16 @@ def test_one_question(tmp_path):
     assert accounted(e_step.record)
 
 
-def real_fit(tmp_path, questions, **changes):
-    module = em_module(m_step=MStep(on_zero_accepted="skip"))
-    module.engine = InProcessEngine(module.model, module.tokenizer)
-    e_step = EStep(dataclasses.replace(scheme("rs"), **changes), questions, Journal(tmp_path), seed=1)
-    trainer(tmp_path, [e_step], 1).fit(module, RationaleDataModule([], []))
-    return module, e_step
-
-
-def test_a_question_longer_than_the_context_sits_out_and_is_said(tmp_path, capfd):
+def test_a_question_longer_than_the_context_sits_out_and_is_said(tmp_path, caplog):
     questions = numbers(4)
     questions[2] = dataclasses.replace(questions[2], text="long " * 300)
-    module, e_step = real_fit(tmp_path, questions)
+    module = em_module(m_step=MStep(on_zero_accepted="skip"))
+    module.engine = InProcessEngine(module.model, module.tokenizer)
+    e_step = EStep(scheme("rs"), questions, Journal(tmp_path), seed=1)
+    trainer(tmp_path, [e_step], 1).fit(module, RationaleDataModule([], []))
     assert e_step.record["errored"] == 1
     assert accounted(e_step.record)
-    assert "E-step 0: 1 of 4 questions do not fit the model's context and sit out: q002" in " ".join(capfd.readouterr().err.split())
+    assert "E-step 0: 1 of 4 questions do not fit the model's context and sit out: q002" in caplog.messages
     (attempt,) = [r for r in Journal(tmp_path).read(0) if r.question_id == "q002"]
     assert (attempt.finish_reason, attempt.accepted, attempt.n_tokens) == ("error", False, 0)
     score, predictions = module.evaluate(questions, "Validation")
@@ -63,7 +58,8 @@ def test_a_question_longer_than_the_context_sits_out_and_is_said(tmp_path, capfd
 
 def test_an_answer_that_does_not_fit_is_rejected_and_said(tmp_path):
     questions = numbers(3)
-    _, e_step = real_fit(tmp_path, questions, max_new_tokens=1)
+    gold = gold_script(questions)
+    _, e_step = fit(tmp_path, questions, lambda r: (gold(r), "length"), MStep(on_zero_accepted="skip"), epochs=1, scheme_=scheme("pps"))
     assert e_step.record["truncated_rate"] == 1
     assert (e_step.record["accepted"], e_step.record["rejected"]) == (0, 3)
     assert accounted(e_step.record)

@@ -111,10 +111,10 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is not allowed, or is a secret; the message names the key and what is allowed.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra."))
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=…")
-    check_no_secret(key for key in ("logger", "model", "engine") for key in _dotted(cfg.get(key), key))
+    check_config_for_secrets(cfg)
     for key, allowed in ALLOWED.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not allowed.holds(value):
@@ -202,6 +202,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if argument.startswith("="):
             raise UserError(f"{argument}: an override is KEY=VALUE.")
     check_no_secret(argument.partition("=")[0].lstrip("+~") for argument in arguments)
+
+
+def check_config_for_secrets(cfg: DictConfig) -> None:
+    """Refuse a config with a secret in it, wherever it came from.
+
+    Raises:
+        UserError: names the key and where a secret belongs.
+    """
+    check_no_secret(dotted for key in ("logger", "model", "engine") for dotted in _dotted(cfg.get(key), key))
 
 
 def check_no_secret(keys: Iterable[str]) -> None:

@@ -16,7 +16,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
+from emreason.checks import check_config_for_secrets
 from emreason.recorder import read_summary
+from emreason.types import UserError
 
 
 def several_ranks(cfg: DictConfig) -> bool:
@@ -44,10 +46,23 @@ def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 class SweepTable(Callback):
-    """Collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
+    """Refuses secrets; collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse secrets before Hydra saves the config.
+
+        Raises:
+            SystemExit: there is one.
+        """
+        try:
+            check_config_for_secrets(config)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    on_multirun_start = on_run_start
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Remember the job's folder."""
