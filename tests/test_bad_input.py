@@ -96,6 +96,16 @@ def pickled_checkpoint(folder: Path) -> None:
     a_file("run/checkpoints/last.ckpt", pickle.dumps(Evil()))(folder)
 
 
+def begun(config: str) -> Callable[[Path], None]:
+    """A run with attempts, and this config."""
+
+    def make(folder: Path) -> None:
+        a_file("run/config.yaml", config)(folder)
+        a_file("run/rationales/iteration=000.jsonl", "")(folder)
+
+    return make
+
+
 def parquet(name: str, rows: list[dict]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         import pyarrow
@@ -278,8 +288,8 @@ CASES: dict[str, Case] = {
         prepare=lambda f: ((f / "run/checkpoints").mkdir(parents=True), torch.save({"a": 1}, f / "run/checkpoints/last.ckpt")),
         words=["checkpoints/last.ckpt", "overwrite=true"],
     ),
-    "broken config.yaml": smoke(prepare=a_file("run/config.yaml", "a: [1"), words=["run/config.yaml", "overwrite=true"]),
-    "run of another config": smoke(prepare=a_file("run/config.yaml", "seed: 7\n"), words=["seed", "overwrite=true", "tag"]),
+    "broken config.yaml": smoke(prepare=begun("a: [1"), words=["run/config.yaml", "overwrite=true"]),
+    "run of another config": smoke(prepare=begun("seed: 7\n"), words=["seed", "overwrite=true", "tag"]),
     "broken journal": smoke(prepare=a_file("run/rationales/iteration=000.jsonl", "oops\n{}\n"), words=["iteration=000.jsonl, line 1"]),
     "journal of something else": smoke(prepare=a_file("run/rationales/iteration=000.jsonl", "{}\n"), words=["iteration=000.jsonl"]),
     "broken metrics": smoke(prepare=a_file("run/metrics.jsonl", "oops\n"), words=["metrics.jsonl, line 1"]),

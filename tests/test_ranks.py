@@ -52,10 +52,15 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, name):
 def begin(folder: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A run of two ranks in its first E-step, and its second rank."""
     command = [BIN / "emreason", *SMOKE, *DDP, "sampler.budget=300", f"hydra.run.dir={folder}"]
-    main = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
     journal = folder / "rationales" / "iteration=000.rank=1.jsonl"
+
+    def size() -> int:
+        return journal.stat().st_size if journal.exists() else 0
+
+    before = size()
+    main = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
     deadline = time.monotonic() + 240
-    while not (journal.exists() and journal.stat().st_size):
+    while size() <= before:
         assert main.poll() is None, main.stderr.read() if main.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)

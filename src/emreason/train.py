@@ -46,15 +46,17 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
     """
     folder = folder.resolve()
-    check_values(cfg)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        check_values(cfg)
         return _train(cfg, folder)
     with locked(folder):
+        _check(cfg, folder)
         if cfg.overwrite:
             _clear(folder)
         before = read_summary(folder)
         config = resolve(cfg)
-        check_same_config(folder, config)
+        if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
+            check_same_config(folder, config)
         if before.get("status") == "finished" and len(before["iterations"]) >= cfg.trainer.max_epochs:
             console().print(f"Finished already: {folder}", highlight=False)
             return before
@@ -62,19 +64,30 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return _train(cfg, folder)
 
 
+def _check(cfg: DictConfig, folder: Path) -> None:
+    """`check_values`; a run that never began is then a failed one, and a begun one is left as it is."""
+    try:
+        check_values(cfg)
+    except UserError as error:
+        if not read_summary(folder):
+            Summary(folder, _identity(cfg)).update(status="failed", error=one_sentence(error))
+        raise
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any]:
+    return {
+        "dataset": cfg.dataset.name,
+        "model": cfg.model.name,
+        "sampler": cfg.sampler.name,
+        "seed": cfg.seed,
+        "scheme": cfg.sampler.display,
+        "budget": cfg.sampler.budget,
+        "tag": cfg.tag,
+    }
+
+
 def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    summary = Summary(
-        folder,
-        {
-            "dataset": cfg.dataset.name,
-            "model": cfg.model.name,
-            "sampler": cfg.sampler.name,
-            "seed": cfg.seed,
-            "scheme": cfg.sampler.display,
-            "budget": cfg.sampler.budget,
-            "tag": cfg.tag,
-        },
-    )
+    summary = Summary(folder, _identity(cfg))
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
