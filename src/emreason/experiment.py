@@ -134,12 +134,12 @@ def console() -> Console:
     return Console(stderr=True, markup=False)
 
 
-def report_errors(task: Callable[[], Any], again: str) -> None:
+def report_errors(task: Callable[[], Any], again: str = "goes on where it stopped") -> None:
     """Run a console script. What the user can mend, and what the system refuses, is one sentence on stderr and exit code 1; a signal ends
     it with one line and exit code 128 + its number. Neither is a traceback.
 
     Args:
-        again: what the same command does after an interruption, e.g. `goes on where it stopped`.
+        again: what the same command does after an interruption.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

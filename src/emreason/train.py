@@ -237,7 +237,7 @@ def _best_accuracy(summary: dict[str, Any]) -> float | None:
 def main() -> None:
     """Console script `emreason`."""
     quiet()
-    report_errors(_task, again="goes on where it stopped")
+    report_errors(_task)
 
 
 def quiet() -> None:
