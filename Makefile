@@ -50,10 +50,16 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-lint: $(STAMP)  ## formatter, linter, type checker
+lint: $(STAMP)  ## formatter, linter, type checker, known vulnerabilities
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
+	@# pip-audit exits 1 for a finding and for a registry that cannot answer; only the first is a failure here
+	@$(BIN)/pip-audit --skip-editable --progress-spinner off --timeout 15 > $(VENV)/audit.txt 2> $(VENV)/audit.err; status=$$?; \
+	skipped=$$(grep -c "could not be audited" $(VENV)/audit.txt); \
+	if grep -q "^Found .* known vulnerabilit" $(VENV)/audit.err; then cat $(VENV)/audit.txt; tail -1 $(VENV)/audit.err; exit 1; \
+	elif [ $$status -ne 0 ]; then echo "pip-audit could not run here: $$(tail -1 $(VENV)/audit.err)"; \
+	else echo "pip-audit: nothing known against the packages; $$skipped could not be audited here"; fi
 
 format: $(STAMP)  ## format and fix what can be fixed
 	$(BIN)/ruff format src tests

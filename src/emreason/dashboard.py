@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 
 from emreason.experiment import console
-from emreason.types import UserError
+from emreason.types import UserError, plain
 
 COLUMNS: list[str | int] = ["iteration", "question", "gold", "scheme", "attempt", "proposal", "text", "answer", "accepted", "tokens"]
 
@@ -50,9 +50,9 @@ def make_logger(
     logger = WandbLogger(
         project=project,
         entity=entity,
-        group=group,
-        job_type=job_type,
-        tags=tags,
+        group=plain(group)[:128],  # W&B's limits; a longer one is an error there
+        job_type=plain(job_type)[:64],
+        tags=[plain(tag)[:64] for tag in tags or []],
         name="/".join(path.parts[-4:]),
         id=identity,
         resume="allow",

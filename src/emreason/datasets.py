@@ -82,7 +82,12 @@ class Dataset:
 
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
-            questions = self.load(split)
+            try:
+                questions = self.load(split)
+            except KeyError as error:
+                raise UserError(
+                    f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
+                ) from error
             seen: set[str] = set()
             for question in questions:
                 check(question, f"dataset {self.name}, {split} split, question {question.id!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from emreason.progress import bar
 from emreason.samplers import Scheme, is_settled, is_trivial, sample, training_ids
 from emreason.scoring import Stopwatch, mean
 from emreason.stats import chance_acceptance
-from emreason.types import Question, Rationale, UserError
+from emreason.types import Question, Rationale, UserError, plain
+
+log = logging.getLogger(__name__)
 
 
 def iterations_done(trainer: L.Trainer) -> int:
@@ -79,6 +82,11 @@ class EStep(Callback):
         if trainer.is_global_zero:
             by_id = {q.id: q for q in self.questions}
             self.journal.finalize(iteration, (self.journal_record(by_id[r.question_id], r) for r in everything))
+            if errored := [r.question_id for r in everything if r.finish_reason == "error"]:
+                log.warning(
+                    "E-step %d: %d of %d questions do not fit the model's context and sit out: %s",
+                    iteration, len(errored), len(self.questions), plain(", ".join(errored[:5])),
+                )  # fmt: skip
         trainer.strategy.barrier("journal written")
         release_memory()  # the engine's cache, before the M-step's activations
         self.record = e_step_record(iteration, self.questions, everything, self.scheme, watch.seconds)

@@ -13,9 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from emreason.answers import answer_line_complete, correct, extract
-from emreason.experiment import CONF, Experiment, build, report_errors
+from emreason.checks import check_values
+from emreason.experiment import CONF, Experiment, build, read_config, report_errors
 from emreason.journal import write_json
 from emreason.progress import bar
 from emreason.recorder import write_predictions
@@ -23,21 +25,16 @@ from emreason.samplers import Scheme, draw_seed
 from emreason.scoring import Stopwatch, mean, predict, score, token_logprobs
 from emreason.stats import pass_at_k, wilson
 from emreason.train import quiet
-from emreason.types import Question, Request, UserError
-
-SPLITS = ("train", "validation", "test")
+from emreason.types import Question, Request, UserError, plain
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate as `conf/evaluate.yaml` says; writes `evaluation_<split>.json` into `folder` and returns its content.
 
     Raises:
-        UserError: the run, the split or the method is not there.
+        UserError: a value is not allowed, or data or model cannot be loaded.
     """
-    if cfg.split not in SPLITS:
-        raise UserError(f"split={cfg.split!r} is not known; use {', '.join(SPLITS)}.")
-    if cfg.method not in ("generate", "loglikelihood"):
-        raise UserError(f"method={cfg.method!r} is not known; use generate or loglikelihood.")
+    check_values(cfg)
     experiment = build(cfg)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
@@ -140,8 +137,7 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
         raise UserError(f"run={cfg.run}: no finished run is there (config.yaml and model/ are missing); finish it with `emreason` first.")
     dataset_given = any(override.startswith("dataset=") for override in overrides)
-    trained = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(trained, DictConfig)
+    trained = read_config(folder / "config.yaml")
     with open_dict(cfg):
         cfg.sampler = trained.sampler
         cfg.model.name = trained.model.name
@@ -165,7 +161,7 @@ def _task(cfg: DictConfig) -> float:
     if cfg.run is not None:
         cfg, folder = with_run(cfg, HydraConfig.get().overrides.task), Path(cfg.run)
     result = evaluate(cfg, folder)
-    table = Table(title=f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")
+    table = Table(title=Text(plain(f"{cfg.model.name} on {cfg.dataset.name}, {cfg.split}")))
     table.add_column("measure")
     table.add_column("value", justify="right")
     for key, value in result.items():
@@ -181,7 +177,7 @@ def _task(cfg: DictConfig) -> float:
 def main() -> None:
     """Console script `emreason-eval`."""
     quiet()
-    report_errors(_task)
+    report_errors(_task, again="begins again")
 
 
 if __name__ == "__main__":

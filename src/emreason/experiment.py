@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -12,24 +13,27 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException
+import yaml
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from emreason.checks import check_arguments
 from emreason.datasets import Dataset
-from emreason.memory import keep_freed_memory
+from emreason.interrupt import stop_on_signals
+from emreason.memory import keep_freed_memory, out_of_memory_told
 from emreason.model import choose_dtype
 from emreason.prompts import Prompts
-from emreason.types import Engine, UserError
+from emreason.types import Engine, UserError, plain
 
 _INSTALLED = Path(__file__).resolve().parent / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf")
 """The config tree: inside the package once installed, at the top of the repository in a checkout."""
 
-EXPECTED = (UserError, HydraException, OmegaConfBaseException)
+EXPECTED = (UserError, HydraException, OmegaConfBaseException, OSError)
 """Errors that are told in one sentence; anything else is a bug and keeps its traceback."""
 
 MAY_CHANGE = ("trainer", "logger", "rationale_rows", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
@@ -48,6 +52,7 @@ class Experiment:
     dtype: torch.dtype
 
 
+@out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
 def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
     """Load data first (its errors are cheap), then the model.
 
@@ -88,7 +93,7 @@ def check_same_config(folder: Path, config: str) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before, now = flatten(OmegaConf.to_container(OmegaConf.load(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    before, now = flatten(OmegaConf.to_container(read_config(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
     differing = [
         f"{key}: {before.get(key)!r} → {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -99,6 +104,21 @@ def check_same_config(folder: Path, config: str) -> None:
             f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
             "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
         )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: the file is not a config.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not YAML ({error}); restore it, or begin again with overwrite=true.") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is not a run's config; restore it, or begin again with overwrite=true.")
+    return config
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,22 +134,46 @@ def console() -> Console:
     return Console(stderr=True, markup=False)
 
 
-def report_errors(task: Callable[[], Any]) -> None:
-    """Run a console script: a `UserError` becomes one sentence on stderr and exit code 1, never a traceback."""
+def report_errors(task: Callable[[], Any], again: str = "goes on where it stopped") -> None:
+    """Run a console script. What the user can mend, and what the system refuses, is one sentence on stderr and exit code 1; a signal ends
+    it with one line and exit code 128 + its number. Neither is a traceback.
+
+    Args:
+        again: what the same command does after an interruption.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        task()
-    except EXPECTED as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
-        sys.exit(1)
+    with stop_on_signals() as stop:
+        try:
+            check_arguments(sys.argv[1:])
+            task()
+        except EXPECTED as error:
+            if stop.signal is None:
+                print(f"error: {one_sentence(error)}", file=sys.stderr)
+                sys.exit(1)
+        except BaseException:
+            if stop.signal is None:
+                raise
+    if stop.signal is not None:
+        stop.leave(again)
 
 
 def one_sentence(error: BaseException) -> str:
     """What the user is told: our own message where there is one below Hydra's wrapping, else Hydra's without its line breaks."""
     cause: BaseException | None = error
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "make room and give the same command again; nothing is lost" if full else "use a place that can be read and written"
+        text = f"{error.filename or 'a file'}: {error.strerror}; {mend}."
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override} is not a valid override: {text}"
     while cause is not None:
         if isinstance(cause, UserError):
-            return str(cause)
+            text = str(cause)
+            break
         cause = cause.__cause__
-    return " ".join(str(error).split())
+    text = text.partition("Config search path:")[0]  # where Hydra looked is no help
+    if text.startswith("Could not override"):
+        text = f"{text}, or see every key there is: emreason --cfg job"
+    return plain(" ".join(text.split()))

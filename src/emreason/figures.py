@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from emreason.comparison import Comparison
 from emreason.difficulty import BINS, acceptance_by_difficulty
 from emreason.runs import Iteration, Run, Score
-from emreason.tables import plain
+from emreason.types import plain
 
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
 USUAL = {"RS-4": ("#009E73", "o"), "STaR": ("#0072B2", "s"), "PPS": ("#D55E00", "D"), "RS-1": ("#E69F00", "^")}

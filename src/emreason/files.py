@@ -44,6 +44,8 @@ def load_file(
             raise UserError(f"{where}: the id {question.id!r} is already that of line {lines[question.id]}; ids must differ.")
         lines[question.id] = line
         questions.append(question)
+    if not questions:
+        raise UserError(f"dataset.load.{split}: {name} is empty: it holds no question.")
     return questions
 
 
@@ -80,8 +82,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 if suffix == ".csv":
                     reader = csv.DictReader(file)
-                    for row in reader:
-                        yield reader.line_num, row
+                    try:
+                        for row in reader:
+                            yield reader.line_num, row
+                    except csv.Error as error:
+                        raise UserError(f"{path}, line {reader.line_num + 1} is not CSV: {error}.") from None
                 else:
                     for number, line in enumerate(file, start=1):
                         if line.strip():

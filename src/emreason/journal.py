@@ -20,11 +20,24 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader, or a crash at any moment, sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with named(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Put the file's name into errors of writing it: those of a full disk carry none, and torch hides them behind its own."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,14 +91,17 @@ class JsonLines:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         read_lines(path)  # repairs
+        self.path = path
         self._file: IO[str] = path.open("a", encoding="ascii")
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(to_line(record))
-        self._file.flush()
+        with named(self.path):
+            self._file.write(to_line(record))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with named(self.path):
+            self._file.close()
 
 
 class Journal:
@@ -126,8 +142,13 @@ class Journal:
         """The attempts so far, in order of question and attempt; a draw that stands twice counts once."""
         found: dict[tuple[str, int], Rationale] = {}
         for file in self._files(iteration):
-            for record in read_lines(file):
-                rationale = rationale_from(record)
+            for number, record in enumerate(read_lines(file), start=1):
+                try:
+                    rationale = rationale_from(record)
+                except (KeyError, TypeError):
+                    raise UserError(
+                        f"{file}, line {number}: not an attempt; remove the line, or start again with overwrite=true."
+                    ) from None
                 found.setdefault((rationale.question_id, rationale.attempt), rationale)
         return [found[key] for key in sorted(found)]
 
@@ -175,7 +196,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
+        with named(path), partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

@@ -1,12 +1,16 @@
-"""Host memory between E-step and M-step: kept by the process while a phase runs, given back between phases."""
+"""Memory: kept by the process while a phase runs, given back between phases; and what is said when it runs out."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from emreason.types import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -31,6 +35,26 @@ def release_memory() -> None:
         libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory ran out; torch has a class of its own for devices only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+@contextmanager
+def out_of_memory_told(mend: str) -> Iterator[None]:
+    """Turn running out of memory into a sentence that says what to change.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"Out of memory: {mend}.") from error
+        raise
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -58,7 +58,7 @@ def load_pretrained(
     """A causal LM and its tokenizer from a Hub id or a local folder (`gguf_file`: a GGUF inside it).
 
     Raises:
-        UserError: the model or its tokenizer cannot be loaded, or the tokenizer has no EOS token.
+        UserError: the model or its tokenizer cannot be loaded, do not belong together, or there is no EOS token.
     """
     if gguf_file is not None:
         return _load_gguf(Path(path), gguf_file, dtype)
@@ -72,6 +72,11 @@ def load_pretrained(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
     except Exception as error:
         raise UserError(f"model.load.path={path!r}: the weights could not be loaded ({_first_line(error)}); {_ways_out(path)}") from error
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model.load.path={path!r}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; they do not belong together."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -157,7 +162,10 @@ def add_lora(
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(f"peft.add: {error}") from error
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> nn.Module:

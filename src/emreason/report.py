@@ -20,7 +20,7 @@ from emreason.comparison import Comparison, Pair, compare
 from emreason.figures import draw_all, palette
 from emreason.report_html import render
 from emreason.runs import Run, collect, label_variants
-from emreason.types import UserError
+from emreason.types import UserError, plain
 
 __all__ = ["collect", "main", "print_runs", "write_report"]
 
@@ -63,7 +63,7 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
         console.print(tables.rich_table(tables.paper_table(comparison)))
         console.print(Text(tables.caption(), style="dim"))
     for note in comparison.notes:
-        console.print(Text(tables.plain(note), style="yellow"))
+        console.print(Text(plain(note), style="yellow"))
 
 
 def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:

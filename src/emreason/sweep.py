@@ -1,20 +1,68 @@
-"""What a Hydra multirun adds to its jobs: a failing job does not stop the others, and the comparison is printed at the end."""
+"""What a Hydra multirun adds to its jobs: those of several ranks run apart, one that fails does not stop the others, and the comparison
+is printed at the end."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
+from emreason.checks import check_config_for_secrets
+from emreason.recorder import read_summary
+from emreason.types import UserError
+
+
+def several_ranks(cfg: DictConfig) -> bool:
+    """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
+    devices = cfg.trainer.get("devices", 1)
+    if devices in (-1, "auto"):
+        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
+    return (devices > 1 or cfg.trainer.get("num_nodes", 1) > 1) and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
+
+
+def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One job of a sweep as a command of its own; returns its summary.
+
+    Lightning starts the other ranks with this process's own command line: inside a sweep each of them would begin the whole sweep again.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = ("--config-dir", "--config-name", "--config-path")
+    for short, flag in zip(("-cd", "-cn", "-cp"), flags, strict=True):
+        parser.add_argument(short, flag)
+    given = vars(parser.parse_known_args()[0])
+    options = [f"{flag}={value}" for flag in flags if (value := given[flag.removeprefix("--").replace("-", "_")])]
+    command = [sys.executable, "-m", "emreason.train", *options, *overrides, f'hydra.run.dir="{folder}"']
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's
+    return read_summary(folder)
+
 
 class SweepTable(Callback):
-    """Collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
+    """Refuses secrets; collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse secrets before Hydra saves the config.
+
+        Raises:
+            SystemExit: there is one.
+        """
+        try:
+            check_config_for_secrets(config)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    on_multirun_start = on_run_start
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Remember the job's folder."""
@@ -27,7 +75,6 @@ class SweepTable(Callback):
         Raises:
             SystemExit: some job did not finish; names them. (Hydra turns any `Exception` of a callback into a warning and exits with 0.)
         """
-        from emreason.recorder import read_summary
         from emreason.report import collect, print_runs
 
         known = [folder for folder in self.folders if (folder / "summary.json").exists()]

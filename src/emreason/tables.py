@@ -11,6 +11,7 @@ from rich.text import Text
 
 from emreason.comparison import SIGNIFICANT, Cell, Comparison
 from emreason.runs import Iteration, Run, Score
+from emreason.types import plain
 
 DAGGER = "†"
 LATEX = {
@@ -275,11 +276,6 @@ def latex(table: Table, caption: str, notes: Sequence[str]) -> str:
 def escape_latex(text: str) -> str:
     """Text that LaTeX sets as it reads."""
     return "".join(LATEX.get(c, c) for c in plain(text))
-
-
-def plain(text: str) -> str:
-    """One line without control characters: a name must not move a terminal's cursor or break a table's row."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def rich_table(table: Table) -> RichTable:

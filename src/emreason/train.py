@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import shutil
 import traceback
 import warnings
@@ -17,19 +18,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 from transformers.utils import logging as hf_logging
 
+from emreason.checks import check_values, try_optimizer
 from emreason.dashboard import RationaleTable, finish
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
 from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
-from emreason.memory import release_memory
+from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.sweep import run_apart, several_ranks
 from emreason.types import UserError
 
 __all__ = ["main", "train"]
@@ -43,13 +47,16 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     folder = folder.resolve()
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        check_values(cfg)
         return _train(cfg, folder)
     with locked(folder):
+        _check(cfg, folder)
         if cfg.overwrite:
             _clear(folder)
         before = read_summary(folder)
         config = resolve(cfg)
-        check_same_config(folder, config)
+        if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
+            check_same_config(folder, config)
         if before.get("status") == "finished" and len(before["iterations"]) >= cfg.trainer.max_epochs:
             console().print(f"Finished already: {folder}", highlight=False)
             return before
@@ -57,33 +64,46 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return _train(cfg, folder)
 
 
+def _check(cfg: DictConfig, folder: Path) -> None:
+    """`check_values`; a run that never began is then a failed one, and a begun one is left as it is."""
+    try:
+        check_values(cfg)
+    except UserError as error:
+        if not read_summary(folder):
+            Summary(folder, _identity(cfg)).update(status="failed", error=one_sentence(error))
+        raise
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any]:
+    return {
+        "dataset": cfg.dataset.name,
+        "model": cfg.model.name,
+        "sampler": cfg.sampler.name,
+        "seed": cfg.seed,
+        "scheme": cfg.sampler.display,
+        "budget": cfg.sampler.budget,
+        "tag": cfg.tag,
+    }
+
+
 def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    summary = Summary(
-        folder,
-        {
-            "dataset": cfg.dataset.name,
-            "model": cfg.model.name,
-            "sampler": cfg.sampler.name,
-            "seed": cfg.seed,
-            "scheme": cfg.sampler.display,
-            "budget": cfg.sampler.budget,
-            "tag": cfg.tag,
-        },
-    )
+    summary = Summary(folder, _identity(cfg))
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
+        try_optimizer(hydra.utils.instantiate(cfg.optimizer))
         experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
         _run(cfg, folder, experiment, summary)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         summary.update(status="interrupted")
-        console().print(f"Interrupted; the same command continues the run: {folder}", highlight=False)
         raise
     except BaseException as error:
         summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
         if isinstance(error, FloatingPointError):
             raise UserError(f"{error}; lower optimizer.lr, or use engine.dtype=float32.") from error
+        if re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
+            raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:
         finish()
@@ -92,10 +112,12 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return summary.values
 
 
+@out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     last = folder / "checkpoints" / "last.ckpt"
     iterations_done = _iterations_done(last)
+    _iterations_done(last.with_name("best.ckpt"))  # it is read at the end: better told now
     scheme = hydra.utils.instantiate(cfg.sampler)
     datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
     module = EMModule(
@@ -137,7 +159,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
 def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any]) -> L.Trainer:
     logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
-    return hydra.utils.instantiate(cfg.trainer, _partial_=True)(
+    make = functools.partial(
+        hydra.utils.instantiate(cfg.trainer, _partial_=True),
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
@@ -150,14 +173,28 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    try:
+        trainer: L.Trainer = make()
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
+    # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
-def _iterations_done(last: Path) -> int:
-    """EM iterations that the last checkpoint completes."""
-    if not last.exists():
+def _iterations_done(checkpoint: Path) -> int:
+    """EM iterations that a checkpoint completes.
+
+    Raises:
+        UserError: the file is not a checkpoint.
+    """
+    if not checkpoint.exists():
         return 0
-    progress = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
-    return int(progress["current"]["processed"])
+    try:
+        progress = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
+        return int(progress["current"]["processed"])
+    except Exception as error:  # whatever else the file may be; nothing in it is run
+        raise UserError(f"{checkpoint} is not a checkpoint of this program; restore it, or begin again with overwrite=true.") from error
 
 
 def _clear(folder: Path) -> None:
@@ -174,6 +211,8 @@ def _task(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and several_ranks(cfg):
+        return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))
     try:
         summary = train(cfg, folder)
     except Exception as error:
@@ -188,8 +227,11 @@ def _task(cfg: DictConfig) -> float | None:
     elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print_runs(collect([folder]), Console())
         print(f"Run folder: {folder}")
-    accuracies = [r["validation"]["accuracy"] for r in summary["iterations"] if r.get("validation")]
-    return max(accuracies, default=None)
+    return _best_accuracy(summary)
+
+
+def _best_accuracy(summary: dict[str, Any]) -> float | None:
+    return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 
 
 def main() -> None:
@@ -203,6 +245,8 @@ def quiet() -> None:
     hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    # which rank died, and that the others are ended for it
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -115,3 +115,8 @@ class Rationale:
 class UserError(Exception):
     """Something the user can mend. The message is one clear sentence that names the file, line or config key and the mend;
     the entry points print it without a traceback and exit non-zero."""
+
+
+def plain(text: str) -> str:
+    """One line without control characters: text from a model or a file must not move a terminal's cursor or break a table's row."""
+    return "".join(c if c.isprintable() else " " for c in str(text))

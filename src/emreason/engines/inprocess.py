@@ -6,6 +6,7 @@ hashed from (seed, t) through the inverse CDF of its distribution, so neither th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from emreason.engines.decoder import Decoder, FusedDecoder, base_model, make_decoder
-from emreason.types import Completion, FinishReason, Request, SamplingParams
+from emreason.memory import is_out_of_memory, release_memory
+from emreason.types import Completion, FinishReason, Request, SamplingParams, UserError
+
+log = logging.getLogger(__name__)
 
 CHAT_STOPS = ("<|im_end|>", "<|eot_id|>")
 CDF_BLOCK = 256
@@ -87,13 +91,37 @@ class InProcessEngine:
                 batch = _Batch(self, make_decoder(self.model, self.dtype))
             try:
                 while requests or batch.rows:
+                    done: list[Completion] = []
+                    full = False
                     with torch.inference_mode():
-                        done = batch.admit(requests)
-                        if batch.rows:
-                            done += batch.step()
+                        try:
+                            batch.admit(requests, done)
+                            if batch.rows:
+                                done += batch.step()
+                        except (RuntimeError, MemoryError) as error:
+                            full = is_out_of_memory(error)
+                            if not full:
+                                raise
+                        if full:  # outside the handler, whose traceback would keep the old cache alive
+                            unfinished = [row.request for row in batch.live()]
+                            self._halve(len(unfinished))
+                            requests.extendleft(reversed(unfinished))
+                            del batch
+                            release_memory()
+                            batch = _Batch(self, make_decoder(self.model, self.dtype))
                     yield from done
             finally:
                 self.stats.live = 0
+
+    def _halve(self, rows: int) -> None:
+        """Half as many rows from now on: what was under way is drawn again, with the same seeds, so it comes out the same."""
+        if rows <= 1:
+            raise UserError(
+                "Out of memory with a single completion under way: use engine.dtype=bfloat16, a smaller model, "
+                "or fewer sampler.max_new_tokens."
+            )
+        self.max_batch = rows // 2
+        log.warning("Out of memory with %d completions at once; going on with engine.max_batch=%d", rows, self.max_batch)
 
     def finish_reason(self, row: _Row) -> FinishReason | None:
         """Why `row` ends with the token it has just drawn, or None."""
@@ -119,9 +147,15 @@ class _Batch:
         self.free: list[int] = []  # rows that have just finished
         self.shared = 0  # leading positions that hold the same tokens in all rows
 
-    def admit(self, requests: deque[Request]) -> list[Completion]:
-        """Fill the free rows, and new ones up to `max_batch`, from the left of `requests`; then close the gaps that are left."""
-        refused: list[Completion] = []
+    def live(self) -> list[_Row]:
+        """The rows under way."""
+        return [row for i, row in enumerate(self.rows) if i not in self.free]
+
+    def admit(self, requests: deque[Request], refused: list[Completion]) -> None:
+        """Fill the free rows, and new ones up to `max_batch`, from the left of `requests`; then close the gaps that are left.
+
+        Completions of prompts that cannot be run are added to `refused`.
+        """
         arrivals: list[int] = []
         while requests and len(self.rows) - len(self.free) < self.engine.max_batch:
             request = requests.popleft()
@@ -150,7 +184,6 @@ class _Batch:
         self.free = []
         if changed:
             self.shared = min((common_prefix(self.rows[0].ids, row.ids) for row in self.rows), default=0)
-        return refused
 
     def _prefill(self, arrivals: Sequence[int]) -> list[int]:
         """Prefill the rows whose prompts share nothing new among themselves; the others, returned, will find their prefix cached."""

@@ -1,0 +1,92 @@
+"""Ctrl-C, SIGTERM and SLURM's warning signal end a command cleanly; a rank whose launcher died does not stay behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Stop:
+    """The signal that asked this process to end, if any did."""
+
+    signal: signal.Signals | None = None
+
+    def leave(self, again: str) -> None:
+        """Say how to go on, put the SLURM job back into the queue where its warning signal came, and exit with 128 + the signal."""
+        assert self.signal is not None
+        if _rank() == 0:
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            print(f"Interrupted by {self.signal.name}; the same command {again}: {command}", file=sys.stderr)
+            if self.signal == signal.SIGUSR1:
+                _requeue()
+        sys.exit(128 + self.signal)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turn the first of the stopping signals into a KeyboardInterrupt; a second one has its default effect.
+
+    In a SLURM job SIGUSR1 stops as well (`#SBATCH --signal=USR1@120`: two minutes before the time limit).
+    """
+    stop = Stop()
+
+    def handle(number: int, frame: Any) -> None:  # noqa: ARG001
+        stop.signal = signal.Signals(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    numbers = [*STOPPING, signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [*STOPPING]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    _leave_with_parent()
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rank() -> int:
+    return int(os.environ.get("SLURM_PROCID") or os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+
+
+def _requeue() -> None:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        problem = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    print(f"SLURM job {job} was not requeued: {problem}" if problem else f"Requeued SLURM job {job}", file=sys.stderr)
+
+
+def _leave_with_parent() -> None:
+    """End this process within a second of its parent's death, if it is a rank that the parent launched.
+
+    A thread, because the main thread may be inside a collective that waits for the dead.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        print(f"Rank {_rank()}: the process that launched it is gone; the same command resumes the run.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,60 @@
+"""One rank of two: `LOCAL_RANK=r … python tests/two_ranks.py FOLDER` runs every case of `CASES` and writes what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from conftest import ScriptedEngine, numbers
+from test_module import em_module, gold_script
+from test_samplers import scheme
+
+from emreason.datamodule import RationaleDataModule
+from emreason.e_step import EStep
+from emreason.journal import Journal
+from emreason.module import MStep
+from emreason.types import UserError
+
+# name: number of questions, which are answered rightly (rank 0 has the even ones), what an iteration without any is
+CASES = {
+    "none and all": (6, lambda i: i % 2 == 1, "error"),
+    "one and none": (6, lambda i: i == 0, "error"),
+    "none and none, skipped": (4, lambda _: False, "skip"),
+    "none and none": (4, lambda _: False, "error"),
+    "uneven shards": (5, lambda i: i != 2, "error"),
+    "a rank without a question": (1, lambda _: True, "error"),
+}
+
+
+def run(folder: Path, name: str, devices: int) -> dict:
+    """Two EM iterations of one case; weights, journal and the error, if any."""
+    n, right, on_zero = CASES[name]
+    questions = numbers(n)
+    index = {q.id: i for i, q in enumerate(questions)}
+    module = em_module(m_step=MStep(max_grad_norm=None, batch_size=2, on_zero_accepted=on_zero))
+    module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda request: right(index[request.key[0]])))
+    journal = Journal(folder / name / str(devices))
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        callbacks=[EStep(scheme("rs"), questions, journal, seed=1)], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, inference_mode=False,
+        use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder,
+    )  # fmt: skip
+    error = None
+    try:
+        trainer.fit(module, RationaleDataModule([], []))
+    except UserError as raised:
+        error = str(raised)
+    rationales = [[r.question_id, r.iteration, r.attempt, r.accepted] for k in range(2) for r in journal.read(k)]
+    weights = [float(p.detach().double().abs().sum()) for p in module.trainable()]
+    return {"error": error, "rationales": rationales, "weights": weights, "files": sorted(p.name for p in journal.folder.iterdir())}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    results = {name: run(place, name, 2) for name in CASES}
+    (place / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
