@@ -169,10 +169,14 @@ def _clear(folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def _task(cfg: DictConfig) -> float | None:
-    """The Hydra task; returns validation accuracy, what sweepers optimise."""
+    """The Hydra task: what `task` in the config names, `run` below unless an experiment says otherwise."""
+    return hydra.utils.get_method(cfg.task)(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def run(cfg: DictConfig, folder: Path) -> float | None:
+    """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
     from emreason.report import collect, print_runs
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         summary = train(cfg, folder)
