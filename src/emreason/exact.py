@@ -12,7 +12,6 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
 from scipy import stats
-from torch import Tensor
 
 from emreason.journal import write_json
 from emreason.laboratory import Hint, Tabular, TabularEngine, accepted, kl, make_questions, make_tabular, rationale_index
@@ -26,7 +25,7 @@ EXACT = "exact EM"
 
 @dataclass(frozen=True)
 class Curve:
-    """One scheme over EM iterations; entry k is of the model that iteration k samples from. `p`: χ² test of its draws, None if none were made."""
+    """One scheme over EM iterations; entry k is of the model that iteration k samples from. `p`: χ² test of its draws, if any."""
 
     acceptance: list[float]
     kl: list[float]
@@ -35,7 +34,7 @@ class Curve:
 
 
 def run(cfg: DictConfig, folder: Path) -> float:
-    """The task of `experiment=exact`: table on the terminal, `exact.json` and `exact.png` in `folder`. Returns exact EM's last log-likelihood."""
+    """The task of `experiment=exact`: a table, and `exact.json` and `exact.png` in `folder`. Returns exact EM's last log π(y*|x)."""
     lab = cfg.laboratory
     hint = Hint(**lab.hint)
     model = make_tabular(lab.questions, lab.answers, lab.letters, lab.max_length, cfg.seed, lab.sharpness, hint)

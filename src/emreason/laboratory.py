@@ -144,9 +144,9 @@ def expected_update(model: Tabular, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """
     weights = accepted(model, scheme).detach()
     z, y = (t.detach().clone().requires_grad_() for t in (model.z_logits, model.y_logits))
-    (weights * replace(model, z_logits=z, y_logits=y).log_correct()).sum().backward()
-    assert z.grad is not None and y.grad is not None
-    return z.grad, y.grad
+    log_correct = replace(model, z_logits=z, y_logits=y).log_correct()
+    by_z, by_y = torch.autograd.grad((weights * log_correct).sum(), [z, y])
+    return by_z, by_y
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

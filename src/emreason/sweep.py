@@ -16,7 +16,7 @@ class SweepTable(Callback):
     def __init__(self) -> None:
         self.folders: list[Path] = []
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Remember the job's folder; tasks other than training leave no run in it."""
         if job_return.hydra_cfg is not None and config.task == "emreason.train.run":
             self.folders.append(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
