@@ -8,6 +8,7 @@ tested too: the same counts against a wrong law must give p < 1e-9. Exact identi
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,40 @@ def test_exact_em_never_lowers_the_marginal_likelihood(seed):
     assert path[-1] > path[0] + 0.1
     # nothing of the kind holds for a scheme that is not the posterior
     assert np.min(np.diff(exact.curve(model(0, questions=12, answers=4), scheme("pps"), 30).log_marginal)) < -1e-4
+
+
+def pps_iw(k, **more):
+    return scheme("pps", k, keep=k, weigh="importance", **more)
+
+
+def test_importance_weighted_pps_converges_to_the_posterior():
+    distances = [float(kl(model().posterior(), accepted(model(), pps_iw(k))).max()) for k in (1, 2, 4, 8, 16, 64, 256)]
+    assert distances[0] == pytest.approx(float(kl(model().posterior(), accepted(model(), scheme("pps"))).max()), rel=1e-9)
+    assert all(b < a for a, b in itertools.pairwise(distances))
+    # the bias of self-normalised weights is O(1/K) (Owen 2013, §9.2), so KL, quadratic in it, falls like 1/K²: 16 from 64 to 256
+    assert distances[-2] / distances[-1] == pytest.approx(16, rel=0.1)
+    assert distances[-1] < 1e-5
+
+
+def test_its_exact_law_is_that_of_enumerated_draws():
+    p, q = (model().log_correct(proposal).exp() for proposal in ("question", "rationalization"))
+    n = q.shape[1]
+    law = torch.zeros_like(p)
+    for x in range(len(p)):
+        outcomes = [(z, float(q[x, z]), float(p[x, z] / q[x, z])) for z in range(n)] + [(None, 1 - float(q[x].sum()), 0.0)]
+        for first, second in itertools.product(outcomes, repeat=2):
+            for z, _, w in (first, second):
+                if z is not None:
+                    law[x, z] += first[1] * second[1] * w / (first[2] + second[2])
+    assert torch.allclose(accepted(model(), pps_iw(2)), law, atol=1e-10)
+
+
+def test_importance_weighted_pps_draws_that_law():
+    """One draw per question, resampled by its weight by the project's own scoring pass and weights; K = 4."""
+    resampling = scheme("pps", 4, keep=4, weigh="resample")
+    seen = exact.sampled_counts(model(), resampling, DRAWS, seed=7)
+    assert p_value(seen, accepted(model(), resampling)) > P
+    assert p_value(seen, accepted(model(), scheme("pps"))) < 1e-9
 
 
 def test_probabilities_add_up():

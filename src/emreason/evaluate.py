@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 from emreason.answers import answer_line_complete, correct, extract
 from emreason.experiment import CONF, Experiment, build, report_errors
 from emreason.journal import write_json
+from emreason.likelihood import completion_logprobs, marginal_bounds, summarize
 from emreason.progress import bar
 from emreason.recorder import write_predictions
 from emreason.samplers import Scheme, draw_seed
@@ -57,6 +59,11 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             write_predictions(folder, f"evaluation_{cfg.split}", predictions)
         if cfg.samples:
             result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
+        if cfg.bound:
+            limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
+            with bar(f"Evaluation, {cfg.bound} draws", len(questions), "questions") as progress:
+                score_given = functools.partial(completion_logprobs, experiment.model)
+                result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
     result["seconds"] = watch.seconds
     write_json(folder / f"evaluation_{cfg.split}.json", result)
     return result

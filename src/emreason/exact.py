@@ -19,6 +19,7 @@ from emreason.prompts import Prompts, PromptTemplate
 from emreason.samplers import Scheme, sample
 from emreason.tables import Entry, Table, rich_table
 from emreason.tiny import tiny_tokenizer
+from emreason.weights import score_weights, weigh
 
 EXACT = "exact EM"
 
@@ -87,15 +88,18 @@ def goodness_of_fit(counts: np.ndarray, law: np.ndarray) -> float:
 
 
 def sampled_counts(model: Tabular, scheme: Scheme, draws: int, seed: int) -> np.ndarray:
-    """How often `samplers.sample` accepted each rationale in `draws` independent E-steps per question: [questions, Z]."""
+    """What `samplers.sample` and `weights.weigh` hand the M-step in `draws` independent E-steps: total weight per [question, rationale]."""
     tokenizer = tiny_tokenizer()
     prompts = Prompts(tokenizer, PromptTemplate(instruction="", hint="({answer})"))
     questions = make_questions(model, draws)
     engine = TabularEngine(model, questions, prompts, tokenizer)
+    attempts = list(sample(questions, scheme, engine, prompts, tokenizer, seed=seed, iteration=0))
+    if scheme.weighs_by_importance:
+        attempts = score_weights(attempts, {q.id: q for q in questions}, scheme, prompts, engine.score, 0)
     counts = np.zeros(model.z_logits.shape)
-    for rationale in sample(questions, scheme, engine, prompts, tokenizer, seed=seed, iteration=0):
-        if rationale.accepted:
-            counts[int(rationale.question_id.split("/")[0]), rationale_index(model, rationale.text)] += 1
+    for rationale in weigh(attempts, scheme, seed=seed, iteration=0):
+        if rationale.weight:
+            counts[int(rationale.question_id.split("/")[0]), rationale_index(model, rationale.text)] += rationale.weight
     return counts
 
 

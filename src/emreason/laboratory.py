@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from emreason.likelihood import Pair
 from emreason.prompts import Prompts
 from emreason.samplers import Scheme
 from emreason.types import Completion, Proposal, Question, Request, UserError
@@ -118,13 +119,40 @@ def accepted(model: Tabular, scheme: Scheme) -> Tensor:
         RS-M    posterior · (1 − (1 − p)^M),  p = π(y*|x)
         STaR    posterior · (1 − (1 − p)^M) + (1 − p)^M · q(z, y*|x, y*)
         PPS     q(z, y*|x, y*), renormalised if accepted
+        PPS-IW  the expected self-normalised weight of z, see `_self_normalized`
+
+    Raises:
+        UserError: a scheme whose law is not worked out here (several proposals weighed by importance, `truncate`, `keep` of some tries).
     """
+    if scheme.weighs_by_importance and len(set(scheme.tries)) == 1 and scheme.truncate is None and scheme.temperature == 1:
+        return _self_normalized(model.log_correct(), model.log_correct(scheme.tries[0]), len(scheme.tries))
+    if scheme.keep > 1 or scheme.temperature != 1 or scheme.top_p != 1:
+        raise UserError(
+            f"The laboratory does not know what {scheme.display} draws: use keep=1, or importance weights of a single proposal."
+        )
     correct = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
     total, reached = torch.zeros_like(model.z_logits), torch.ones_like(model.z_logits[:, :1])
     for proposal in scheme.tries:
         total = total + reached * correct[proposal]
         reached = reached * (1 - correct[proposal].sum(1, keepdim=True))
     return total
+
+
+def _self_normalized(target: Tensor, proposal: Tensor, k: int) -> Tensor:
+    """E[wₖ 1[zₖ = z] / Σ w] summed over K draws, exactly, for log π(z, y*|x) and log q(z, y*|x, y*): [questions, Z].
+
+    With 1/S = ∫₀^∞ e^{−tS} dt the draws are independent under the integral, and with w = π/q and r the probability of a wrong draw
+
+        K ∫ π(z, y*) e^{−t w(z)} (r + Σ_z' q(z', y*) e^{−t w(z')})^{K−1} dt .
+
+    Over u = log t the integrand is smooth and vanishes at both ends, where the trapezoidal rule converges exponentially.
+    """
+    u = torch.arange(-40.0, 40.0, 0.05, dtype=target.dtype)
+    weight = (target - proposal).exp()
+    decay = torch.exp(-u.exp() * weight[:, :, None])
+    wrong = 1 - proposal.exp().sum(1, keepdim=True)
+    others = (wrong + (proposal.exp()[:, :, None] * decay).sum(1)) ** (k - 1)
+    return k * 0.05 * target.exp() * (u.exp() * decay * others[:, None, :]).sum(2)
 
 
 def expected_update(model: Tabular, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -162,7 +190,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 class TabularEngine:
     """Draws completions `z⏎Answer: y⏎` from the tables, so that `samplers.sample` can be held against the exact numbers.
 
-    As in every engine a draw depends on the prompt and the request's seed alone. `probability` is what a scoring pass would say.
+    As in every engine a draw depends on the prompt and the request's seed alone; `score` is the scoring pass (`likelihood.Scorer`).
     """
 
     def __init__(self, model: Tabular, questions: Sequence[Question], prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
@@ -184,6 +212,29 @@ class TabularEngine:
             cdf = self.cdf[proposal][x]
             k = int(np.searchsorted(cdf, np.random.default_rng(request.seed).random() * cdf[-1], side="right"))
             yield Completion(request, self.ids[k], float(self.log_joint[proposal][x, k]), "answer")
+
+    def score(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[float]:
+        """log of the probability that a completion goes on with exactly these ids; what was sampled so far may stand in the prompt ids."""
+        if temperature != 1:
+            raise UserError("The laboratory's tables have no temperature: use sampler.temperature=1.")
+        return [self._begins(*self._split(p), c) - self._begins(*self._split(p), ()) for p, c in pairs]
+
+    def _split(self, prompt_ids: tuple[int, ...]) -> tuple[tuple[int, Proposal], tuple[int, ...]]:
+        known = next(ids for ids in self.of_prompt if prompt_ids[: len(ids)] == ids)
+        return self.of_prompt[known], prompt_ids[len(known) :]
+
+    def _begins(self, where: tuple[int, Proposal], said: tuple[int, ...], more: tuple[int, ...]) -> float:
+        (x, proposal), text = where, str(self.tokenizer.decode([*said, *more]))
+        z, cue, y = text.partition("\nAnswer:")
+        table = self.log_joint[proposal][x].reshape(len(self.model.rationales), -1)
+        if not text:
+            return 0.0
+        if not cue:
+            raise ValueError(f"{text!r} is not a completion, nor one up to its answer cue")
+        row = table[self.model.rationales.index(z)]
+        if not y:
+            return float(np.logaddexp.reduce(row))
+        return float(row[int(y)]) if y.endswith("\n") else -np.inf  # a table's completions end with their line
 
 
 def make_questions(model: Tabular, copies: int = 1) -> list[Question]:

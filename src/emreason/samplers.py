@@ -185,7 +185,9 @@ def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:
         return False
     last = max(attempts, key=lambda rationale: rationale.attempt)
     texts = [a.text for a in attempts if a.accepted]
-    return len(set(texts) if scheme.distinct else texts) >= scheme.keep or last.finish_reason == "error" or last.attempt >= len(scheme.tries)
+    return (
+        len(set(texts) if scheme.distinct else texts) >= scheme.keep or last.finish_reason == "error" or last.attempt >= len(scheme.tries)
+    )
 
 
 def judge(

@@ -107,6 +107,9 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         hydra.utils.instantiate(cfg.m_step),
         max_new_tokens=cfg.evaluation.max_new_tokens,
         forced=cfg.evaluation.forced,
+        bound=cfg.evaluation.bound,
+        bound_questions=cfg.evaluation.bound_questions,
+        seed=cfg.seed,
     )
     few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
     save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
