@@ -38,9 +38,13 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     if cfg.split not in SPLITS:
         raise UserError(f"split={cfg.split!r} is not known; use {', '.join(SPLITS)}.")
+    if not isinstance(cfg.bound, int) or cfg.bound < 0:
+        raise UserError(f"bound={cfg.bound!r}: the number of draws per question must be a whole number of at least 0.")
     if cfg.method not in ("generate", "loglikelihood"):
         raise UserError(f"method={cfg.method!r} is not known; use generate or loglikelihood.")
     experiment = build(cfg)
+    scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
     result: dict[str, Any] = {"dataset": cfg.dataset.name, "model": cfg.model.name, "split": cfg.split, "method": cfg.method}
@@ -50,8 +54,6 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         result |= {"accuracy": hits / len(questions), "n": len(questions), "ci95": list(wilson(hits, len(questions)))}
         result["answers"] = {question.id: choice for choice, question in zip(choices, questions, strict=True)}
     else:
-        scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
-        parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
         with bar(f"Evaluation, {cfg.split}", len(questions), "questions") as progress:
             predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
         result |= score(predictions, watch.seconds)
@@ -59,11 +61,11 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             write_predictions(folder, f"evaluation_{cfg.split}", predictions)
         if cfg.samples:
             result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
-        if cfg.bound:
-            limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
-            with bar(f"Evaluation, {cfg.bound} draws", len(questions), "questions") as progress:
-                score_given = functools.partial(completion_logprobs, experiment.model)
-                result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
+    if cfg.bound:
+        limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
+        with bar(f"Evaluation, {cfg.bound} draws", len(questions), "questions") as progress:
+            score_given = functools.partial(completion_logprobs, experiment.model)
+            result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
     result["seconds"] = watch.seconds
     write_json(folder / f"evaluation_{cfg.split}.json", result)
     return result

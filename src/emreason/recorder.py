@@ -90,6 +90,8 @@ class Recorder(Callback):
                 return None
             mine = questions[trainer.global_rank :: trainer.world_size]
             score, predictions = module.evaluate(mine, label, n_examples)
+            if split == "validation" and module.bound:
+                score |= module.marginal(mine, f"{label}, log-likelihood")
             if trainer.is_global_zero:
                 shots = "few_shot" if n_examples else "zero_shot"
                 write_predictions(self.folder, f"baseline_{shots}_{split}", predictions)
