@@ -13,6 +13,7 @@ A scheme may also keep several rationales per question (`keep`) and say what eac
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from emreason.answers import answer_line_complete, correct, extract
+from emreason.answers import answer_line_complete, extract
 from emreason.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
 
@@ -46,6 +47,7 @@ class Scheme:
         keep: accepted rationales after which a question is settled; as many as there are tries: all of them are drawn.
         distinct: rationales with the same text count once.
         weigh: what the rationales kept of one question count for, see `weights.py`.
+        reward: which completions are accepted: the dotted path of a function like those of `rewards.py`.
         truncate: importance weights are cut to this many times the question's mean weight (Ionides 2008: √K); None is off.
     """
 
@@ -64,6 +66,7 @@ class Scheme:
     distinct: bool = False
     weigh: str = "rationales"
     truncate: float | None = None
+    reward: str = "emreason.rewards.correct"
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or self.budget < 1:
@@ -86,6 +89,12 @@ class Scheme:
             raise UserError(f"sampler.max_new_tokens={self.max_new_tokens!r}: it must be a whole number of at least 1.")
         if self.worked_examples < 0 or (self.worked_examples_iterations is not None and self.worked_examples_iterations < 0):
             raise UserError("sampler.worked_examples and sampler.worked_examples_iterations must be at least 0 (or null: always).")
+        try:
+            callable_ = callable(pkgutil.resolve_name(self.reward))
+        except (ValueError, ImportError, AttributeError):
+            callable_ = False
+        if not callable_:
+            raise UserError(f"sampler.reward={self.reward!r} names no function; use emreason.rewards.correct, valid_sums or well_formed.")
         if not isinstance(self.keep, int) or self.keep < 1:
             raise UserError(f"sampler.keep={self.keep!r}: it must be a whole number of at least 1.")
         if self.weigh not in WEIGHTS:
@@ -193,11 +202,11 @@ def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:
 def judge(
     completion: Completion, question: Question, scheme: Scheme, tokenizer: PreTrainedTokenizerBase, iteration: int, attempt: int
 ) -> Rationale:
-    """r(ŷ, y*): extract the answer of a completion and accept it if it is correct and was not truncated."""
+    """r(ŷ, y*): extract the answer of a completion and accept it if the scheme's reward does and it was not truncated."""
     text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
     answer = extract(text, question)
     whole = completion.finish_reason in ("stop", "answer")
-    accepted = whole and correct(answer, question) and not (scheme.reject_trivial and is_trivial(text))
+    accepted = whole and pkgutil.resolve_name(scheme.reward)(text, answer, question) and not (scheme.reject_trivial and is_trivial(text))
     return Rationale(
         question_id=question.id,
         iteration=iteration,
