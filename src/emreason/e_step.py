@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from emreason import __version__
 from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
+from emreason.diagnostics import describe
 from emreason.journal import Journal
 from emreason.likelihood import completion_logprobs
 from emreason.memory import release_memory
@@ -205,7 +206,7 @@ def e_step_record(
         "chance_acceptance": mean(chances),
         "extraction_rate": mean(r.answer is not None for r in attempts),
         "truncated_rate": mean(r.finish_reason == "length" for r in attempts),
-        "trivial_rate": len(trivial) / len(accepted) if accepted else None,
+        **describe(accepted),
         "trivial_tokens_mean": mean(r.n_tokens for r in trivial),
         "tokens": sum(r.n_tokens for r in attempts),
         "rationale_tokens_mean": mean(r.n_tokens for r in accepted),

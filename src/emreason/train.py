@@ -29,7 +29,7 @@ from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.memory import release_memory
 from emreason.model import export
 from emreason.module import EMModule
-from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, tokens_drawn, write_predictions
 from emreason.types import UserError
 
 __all__ = ["main", "train"]
@@ -44,13 +44,15 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return _train(cfg, folder)
+    if cfg.token_budget is not None and (not isinstance(cfg.token_budget, int) or cfg.token_budget < 1):
+        raise UserError(f"token_budget={cfg.token_budget!r}: it must be a whole number of at least 1, or null.")
     with locked(folder):
         if cfg.overwrite:
             _clear(folder)
         before = read_summary(folder)
         config = resolve(cfg)
         check_same_config(folder, config)
-        if before.get("status") == "finished" and len(before["iterations"]) >= cfg.trainer.max_epochs:
+        if before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(cfg, before["iterations"]):
             console().print(f"Finished already: {folder}", highlight=False)
             return before
         write_atomic(folder / "config.yaml", config)
@@ -118,9 +120,10 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         cfg,
         folder,
         keep_below=iterations_done,
+        max_epochs=_max_epochs(cfg, summary.values["iterations"][:iterations_done]),
         callbacks=[
             EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
-            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot),
+            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
             *([RationaleTable(folder, cfg.sampler.display, cfg.rationale_rows)] if cfg.logger else []),
             best,
             save(filename="last", save_top_k=1, monitor=None),
@@ -137,10 +140,11 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
             shutil.rmtree(folder / "checkpoints")
 
 
-def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any]) -> L.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
     logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     return hydra.utils.instantiate(cfg.trainer, _partial_=True)(
+        max_epochs=max_epochs,
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
@@ -153,6 +157,12 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _max_epochs(cfg: DictConfig, done: list[dict[str, Any]]) -> int:
+    """EM iterations in all; no more than are done where these have used up the token budget."""
+    spent = cfg.token_budget is not None and tokens_drawn(done) >= cfg.token_budget
+    return min(len(done), cfg.trainer.max_epochs) if spent else cfg.trainer.max_epochs
 
 
 def _iterations_done(last: Path) -> int:
