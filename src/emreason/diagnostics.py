@@ -35,7 +35,7 @@ def mentions_hint(text: str) -> bool:
 
 
 def describe(accepted: Sequence[Rationale]) -> dict[str, float | None]:
-    """Shares of the accepted rationales in [0, 1], None of none. `distinct_rate`: different reasonings, over all questions, per rationale."""
+    """Shares of the accepted rationales in [0, 1], None of none. `distinct_rate`: different ones over all questions, per rationale."""
     n = len(accepted)
     if not n:
         return dict.fromkeys(("trivial_rate", "answer_first_rate", "hint_mention_rate", "distinct_rate"))

@@ -130,7 +130,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         ],
     )
     trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-    trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    # no checkpoint: every iteration was skipped, the weights are the base model's
+    trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         export(module.model, module.tokenizer, folder / "model")
