@@ -88,9 +88,12 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         iteration = iterations_done(trainer)
-        self.tokens = tokens_drawn(self.summary.values["iterations"][:iteration])
         if self.summary.values["baseline"] is None and iteration == 0:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        # not in `on_fit_start`: a checkpoint's progress is restored after that
+        self.tokens = tokens_drawn(self.summary.values["iterations"][: iterations_done(trainer)])
 
     def _baseline(self, trainer: L.Trainer, module: EMModule) -> dict[str, Any]:
         def evaluate(split: str, n_examples: int, label: str) -> dict[str, Any] | None:
