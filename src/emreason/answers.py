@@ -75,6 +75,12 @@ def answer_line_complete(text: str, question: Question) -> bool:
     return statement is not None and statement["line"] is not None and _parse(ended, statement, question) is not None
 
 
+def statement_start(text: str) -> int | None:
+    """Where the last statement of an answer begins in `text`: what comes before it is the rationale. None if there is none."""
+    statement = _last_statement(text)
+    return None if statement is None else statement.start()
+
+
 def check(question: Question, where: str) -> None:
     """Raise a `UserError` that begins with `where` unless the gold answer is one that a completion could state."""
     if not question.text:

@@ -91,7 +91,8 @@ def make_steps(
     How a step is weighed (`normalize`), with B = `batch_size`:
 
     - `questions`: a step covers B *questions*, those without an accepted rationale contribute zero, and the sum is divided by B. It is
-      the minibatch estimate of the paper's update Σᵢ rᵢ ∇log π / n: a scheme that accepts little also moves little.
+      the minibatch estimate of the paper's update Σᵢ rᵢ ∇log π / n: a scheme that accepts little also moves little. Where a scheme keeps
+      several rationales of a question, they are in one step together, each with its weight.
     - `rationales`: a step covers B *accepted rationales* and takes their mean, whatever the acceptance rate.
     - `tokens`: like `rationales`, but the mean is over supervised tokens, so long rationales count more.
 
@@ -118,12 +119,15 @@ def _epoch(
     examples: Sequence[Example], n_questions: int, batch_size: int, normalize: Normalize, shuffle: random.Random
 ) -> list[list[Example]]:
     """One pass: the members of each optimizer step. Steps without any member are left out."""
-    slots: list[Example | None] = list(examples)
+    slots = [[example] for example in examples]
     if normalize == "questions":
-        slots += [None] * (n_questions - len({e.question_id for e in examples}))
+        of_question: dict[str, list[Example]] = {}
+        for example in examples:
+            of_question.setdefault(example.question_id, []).append(example)
+        slots = [*of_question.values(), *([] for _ in range(n_questions - len(of_question)))]
     shuffle.shuffle(slots)
     chunks = [slots[i : i + batch_size] for i in range(0, len(slots), batch_size)]
-    members = [[e for e in chunk if e is not None] for chunk in chunks]
+    members = [[e for slot in chunk for e in slot] for chunk in chunks]
     return [chunk for chunk in members if chunk]
 
 

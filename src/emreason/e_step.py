@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from lightning.pytorch.callbacks import Callback
 
 from emreason import __version__
 from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
+from emreason.diagnostics import describe
 from emreason.journal import Journal
+from emreason.likelihood import completion_logprobs
 from emreason.memory import release_memory
 from emreason.model import weights_fingerprint
 from emreason.module import EMModule
@@ -22,6 +25,7 @@ from emreason.samplers import Scheme, is_settled, is_trivial, sample, training_i
 from emreason.scoring import Stopwatch, mean
 from emreason.stats import chance_acceptance
 from emreason.types import Question, Rationale, UserError, plain
+from emreason.weights import effective_sample_size, log_mean_weight, normalized, score_weights, weigh
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +81,14 @@ class EStep(Callback):
         trainer.strategy.barrier("journal read")
         mine = self.questions[trainer.global_rank :: trainer.world_size]
         attempts = self._sample(mine, replayed, trainer, module, iteration)
+        by_id = {q.id: q for q in self.questions}
+        if self.scheme.weighs_by_importance:
+            score = functools.partial(completion_logprobs, module.model)
+            attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
+        attempts = weigh(attempts, self.scheme, seed=self.seed, iteration=iteration)
         order = {question.id: i for i, question in enumerate(self.questions)}
         everything = sorted(module.gather(attempts), key=lambda r: (order[r.question_id], r.attempt))
         if trainer.is_global_zero:
-            by_id = {q.id: q for q in self.questions}
             self.journal.finalize(iteration, (self.journal_record(by_id[r.question_id], r) for r in everything))
             if errored := [r.question_id for r in everything if r.finish_reason == "error"]:
                 log.warning(
@@ -97,8 +105,11 @@ class EStep(Callback):
     ) -> list[Rationale]:
         by_id = {question.id: question for question in mine}
         attempts = [r for r in replayed if r.question_id in by_id]
-        accepted = sum(r.accepted for r in attempts)
-        settled = accepted + sum(is_settled([r], self.scheme) and not r.accepted for r in attempts)
+        of_question: dict[str, list[Rationale]] = {}
+        for rationale in attempts:
+            of_question.setdefault(rationale.question_id, []).append(rationale)
+        accepted = {r.question_id for r in attempts if r.accepted}
+        settled = sum(is_settled(group, self.scheme) for group in of_question.values())
         label = f"E-step {iteration}"
         with (
             self.journal.appending(iteration, trainer.global_rank, trainer.world_size) as lines,
@@ -110,10 +121,12 @@ class EStep(Callback):
             ):
                 lines.append(self.journal_record(by_id[rationale.question_id], rationale))
                 attempts.append(rationale)
-                accepted += rationale.accepted
-                done = is_settled([rationale], self.scheme)
+                of_question.setdefault(rationale.question_id, []).append(rationale)
+                if rationale.accepted:
+                    accepted.add(rationale.question_id)
+                done = is_settled(of_question[rationale.question_id], self.scheme)
                 settled += done
-                progress.update(int(done), rationale.n_tokens, f"accepted {accepted / max(settled, 1):.0%}")
+                progress.update(int(done), rationale.n_tokens, f"accepted {len(accepted) / max(settled, 1):.0%}")
         return attempts
 
     @staticmethod
@@ -122,8 +135,8 @@ class EStep(Callback):
         return {**dataclasses.asdict(rationale), "question": question.text, "gold": question.answer}
 
     def _make_steps(self, trainer: L.Trainer, module: EMModule, iteration: int, attempts: Sequence[Rationale]) -> list[Step]:
-        accepted = [r for r in attempts if r.accepted]
-        if not accepted:
+        kept = [r for r in attempts if r.accepted and r.weight > 0]
+        if not kept:
             if module.m_step.on_zero_accepted == "skip":
                 return [Step([])]  # no loader at all would end the fit without a word
             raise UserError(
@@ -134,8 +147,7 @@ class EStep(Callback):
         by_id = {question.id: question for question in self.questions}
         eos, pad = module.tokenizer.eos_token_id, module.tokenizer.pad_token_id
         examples = [
-            Example(r.question_id, module.prompts.ids(by_id[r.question_id], "question", 0), training_ids(r, eos), r.weight)
-            for r in accepted
+            Example(r.question_id, module.prompts.ids(by_id[r.question_id], "question", 0), training_ids(r, eos), r.weight) for r in kept
         ]
         m_step = module.m_step
         return make_steps(
@@ -184,6 +196,7 @@ def e_step_record(
     `chance_acceptance` is what a uniform guesser over the choices would reach with the same number of tries; None for free answers.
     """
     accepted = [r for r in attempts if r.accepted]
+    solved = {r.question_id for r in accepted}
     errored = {r.question_id for r in attempts if r.finish_reason == "error"}
     first = [r for r in attempts if r.attempt == 1]
     chances = [chance_acceptance(len(q.choices), len(scheme.tries)) for q in questions if q.choices]
@@ -191,20 +204,37 @@ def e_step_record(
     return {
         "iteration": iteration,
         "questions": len(questions),
-        "accepted": len(accepted),
-        "rejected": len(questions) - len(accepted) - len(errored),
-        "errored": len(errored),
+        "accepted": len(solved),
+        "rejected": len(questions) - len(solved | errored),
+        "errored": len(errored - solved),
+        "rationales": sum(r.weight > 0 for r in accepted),
         "attempts": len(attempts),
-        "acceptance_rate": len(accepted) / len(questions),
+        "acceptance_rate": len(solved) / len(questions),
         "first_try_rate": sum(r.accepted for r in first) / len(questions),
         "chance_acceptance": mean(chances),
         "extraction_rate": mean(r.answer is not None for r in attempts),
         "truncated_rate": mean(r.finish_reason == "length" for r in attempts),
-        "trivial_rate": len(trivial) / len(accepted) if accepted else None,
+        **describe(accepted),
         "trivial_tokens_mean": mean(r.n_tokens for r in trivial),
         "tokens": sum(r.n_tokens for r in attempts),
         "rationale_tokens_mean": mean(r.n_tokens for r in accepted),
+        **_importance_record(accepted, scheme),
         "seconds": seconds,
+    }
+
+
+def _importance_record(accepted: Sequence[Rationale], scheme: Scheme) -> dict[str, float | None]:
+    """Of the questions with a correct draw: the mean effective sample size of the K weights, and the importance-sampling estimate of
+    log π(y*|x). Questions without one would enter the latter as −∞, so it is too high by what they are worse.
+    """
+    if not scheme.weighs_by_importance:
+        return {}
+    groups: dict[str, list[Rationale]] = {}
+    for rationale in accepted:
+        groups.setdefault(rationale.question_id, []).append(rationale)
+    return {
+        "effective_sample_size": mean(effective_sample_size(normalized(group, scheme)) for group in groups.values()),
+        "log_marginal_iw": mean(log_mean_weight(group, scheme) for group in groups.values()),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from emreason.answers import answer_line_complete, correct, extract
 from emreason.checks import check_values
 from emreason.experiment import CONF, Experiment, build, read_config, report_errors
 from emreason.journal import write_json
+from emreason.likelihood import completion_logprobs, marginal_bounds, summarize
 from emreason.progress import bar
 from emreason.recorder import write_predictions
 from emreason.samplers import Scheme, draw_seed
@@ -36,6 +38,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     check_values(cfg)
     experiment = build(cfg)
+    scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
     result: dict[str, Any] = {"dataset": cfg.dataset.name, "model": cfg.model.name, "split": cfg.split, "method": cfg.method}
@@ -45,8 +49,6 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         result |= {"accuracy": hits / len(questions), "n": len(questions), "ci95": list(wilson(hits, len(questions)))}
         result["answers"] = {question.id: choice for choice, question in zip(choices, questions, strict=True)}
     else:
-        scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
-        parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
         with bar(f"Evaluation, {cfg.split}", len(questions), "questions") as progress:
             predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
         result |= score(predictions, watch.seconds)
@@ -54,6 +56,11 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             write_predictions(folder, f"evaluation_{cfg.split}", predictions)
         if cfg.samples:
             result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
+    if cfg.bound:
+        limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
+        with bar(f"Evaluation, {cfg.bound} draws", len(questions), "questions") as progress:
+            score_given = functools.partial(completion_logprobs, experiment.model)
+            result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
     result["seconds"] = watch.seconds
     write_json(folder / f"evaluation_{cfg.split}.json", result)
     return result

@@ -36,7 +36,18 @@ CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().paren
 EXPECTED = (UserError, HydraException, OmegaConfBaseException, OSError)
 """Errors that are told in one sentence; anything else is a bug and keeps its traceback."""
 
-MAY_CHANGE = ("trainer", "logger", "rationale_rows", "overwrite", "keep_checkpoints", "data_root", "engine.max_batch", "hydra")
+MAY_CHANGE = (
+    "task",
+    "trainer",
+    "token_budget",
+    "logger",
+    "rationale_rows",
+    "overwrite",
+    "keep_checkpoints",
+    "data_root",
+    "engine.max_batch",
+    "hydra",
+)
 """Config keys that a resumed run may change: they do not alter what is sampled or learned."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from emreason.datamodule import Normalize, Step
+from emreason.likelihood import completion_logprobs, marginal_bounds, summarize
 from emreason.progress import bar
 from emreason.prompts import Prompts
 from emreason.scoring import Prediction, Stopwatch, predict, score, token_logprobs
@@ -78,6 +80,8 @@ class EMModule(L.LightningModule):
         optimizer: makes the optimizer from the parameters, e.g. a partial of `torch.optim.AdamW`.
         max_new_tokens: of greedy evaluation.
         forced: also measure accuracy with a forced answer line.
+        bound: K > 0: validation also estimates log π(y*|x) from K draws of each of the first `bound_questions` questions.
+        seed: of those draws.
     """
 
     def __init__(
@@ -90,7 +94,14 @@ class EMModule(L.LightningModule):
         m_step: MStep,
         max_new_tokens: int = 256,
         forced: bool = True,
+        bound: int = 0,
+        bound_questions: int = 32,
+        seed: int = 1,
     ):
+        if bound < 0 or bound_questions < 1:
+            raise UserError(
+                f"evaluation.bound={bound}, evaluation.bound_questions={bound_questions}: at least 0 draws of at least 1 question."
+            )
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints of adapters leave the frozen base out
@@ -102,6 +113,7 @@ class EMModule(L.LightningModule):
         self.m_step = m_step
         self.max_new_tokens = max_new_tokens
         self.forced = forced
+        self.bound, self.bound_questions, self.seed = bound, bound_questions, seed
         self.predictions: dict[str, list[Prediction]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.m_step_record: dict[str, Any] = {}
@@ -257,6 +269,17 @@ class EMModule(L.LightningModule):
         predictions = sorted(self.gather(mine), key=lambda p: p.question_id)
         return score(predictions, watch.seconds, self.forced), predictions
 
+    def marginal(self, questions: list[Question], label: str) -> dict[str, float | None]:
+        """`log_marginal` with its standard error, from this rank's `questions` together with all other ranks'."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        # the questions were dealt out in turn, so the first few of all are the first few of each rank
+        mine = questions[: max(0, -(-(self.bound_questions - self.global_rank) // world))]
+        score_given = functools.partial(completion_logprobs, self.model)
+        with bar(label, len(mine), "questions", enabled=self.global_rank == 0) as progress:
+            parts = (self.engine, self.prompts, self.tokenizer, score_given)
+            bounds = marginal_bounds(mine, *parts, k=self.bound, max_new_tokens=self.max_new_tokens, seed=self.seed, bar=progress)
+        return summarize(sorted(self.gather(bounds), key=lambda b: b.question_id))
+
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
         self.finish_m_step()
         self._evaluation_step(questions, "validation", f"Validation {self.current_epoch}")
@@ -266,6 +289,8 @@ class EMModule(L.LightningModule):
 
     def _evaluation_step(self, questions: list[Question], split: str, label: str) -> None:
         self.scores[split], self.predictions[split] = self.evaluate(questions, label)
+        if self.bound and split == "validation":
+            self.scores[split] |= self.marginal(questions, f"{label}, log-likelihood")
         values = {f"{split}/{k}": float(v) for k, v in self.scores[split].items() if isinstance(v, (int, float))}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, rank_zero_only=False, batch_size=1)
 

@@ -61,6 +61,11 @@ class Summary:
         write_json(self.path, self.values)
 
 
+def tokens_drawn(iterations: list[dict[str, Any]]) -> int:
+    """What the E-steps of a summary's iterations have generated, accepted or not."""
+    return sum(record["e_step"]["tokens"] for record in iterations)
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of a run folder, empty if it has none that can be read."""
     try:
@@ -73,19 +78,26 @@ def read_summary(folder: Path) -> dict[str, Any]:
 class Recorder(Callback):
     """Measures the baselines before the first iteration, and writes every iteration into the summary before Lightning checkpoints it.
 
-    In that order a kill between the two repeats the iteration, and the repetition replaces its record.
+    In that order a kill between the two repeats the iteration, and the repetition replaces its record. Ends the fit once the E-steps have
+    drawn `token_budget` tokens.
     """
 
-    def __init__(self, summary: Summary, folder: Path, baseline_splits: tuple[str, ...], few_shot: int):
+    def __init__(self, summary: Summary, folder: Path, baseline_splits: tuple[str, ...], few_shot: int, token_budget: int | None = None):
         self.summary = summary
         self.folder = folder
         self.baseline_splits = baseline_splits
         self.few_shot = few_shot
+        self.token_budget = token_budget
+        self.tokens = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         iteration = iterations_done(trainer)
         if self.summary.values["baseline"] is None and iteration == 0:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        # not in `on_fit_start`: a checkpoint's progress is restored after that
+        self.tokens = tokens_drawn(self.summary.values["iterations"][: iterations_done(trainer)])
 
     def _baseline(self, trainer: L.Trainer, module: EMModule) -> dict[str, Any]:
         weights = weights_fingerprint(module.model) if self.baseline_splits else ""
@@ -99,6 +111,8 @@ class Recorder(Callback):
             if key not in _MEASURED:
                 _MEASURED[key] = module.evaluate(mine, label, n_examples)
             score, predictions = _MEASURED[key]
+            if split == "validation" and module.bound:
+                score = score | module.marginal(mine, f"{label}, log-likelihood")
             if trainer.is_global_zero:
                 shots = "few_shot" if n_examples else "zero_shot"
                 write_predictions(self.folder, f"baseline_{shots}_{split}", predictions)
@@ -124,6 +138,9 @@ class Recorder(Callback):
             write_predictions(self.folder, f"validation_iteration={iteration:03d}", pl_module.predictions.pop("validation"))
         earlier = [r for r in self.summary.values["iterations"] if r["iteration"] < iteration]
         self.summary.update(iterations=[*earlier, record])
+        self.tokens += e_step.record["tokens"]
+        if self.token_budget is not None and self.tokens >= self.token_budget:
+            trainer.should_stop = True
 
 
 def write_predictions(folder: Path, name: str, predictions: list[Prediction]) -> None:

@@ -6,11 +6,14 @@
 
 `question` draws from π(z, y | x), `rationalization` from π(z, y | x, y*) by showing the gold answer as a hint. A question
 none of whose proposals is correct sits this iteration out.
+
+A scheme may also keep several rationales per question (`keep`) and say what each counts for (`weigh`): `weights.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,11 +22,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from emreason.answers import answer_line_complete, correct, extract
+from emreason.answers import answer_line_complete, extract
 from emreason.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
 
 PROPOSALS = ("question", "rationalization")
+WEIGHTS = ("rationales", "questions", "importance", "resample")
 
 
 @dataclass
@@ -40,6 +44,11 @@ class Scheme:
         worked_examples_iterations: in how many first iterations they are shown; None is always.
         stop_at_answer: end a completion with its answer line (y ends there) instead of at EOS only.
         reject_trivial: also reject rationales that state an answer without any reasoning.
+        keep: accepted rationales after which a question is settled; as many as there are tries: all of them are drawn.
+        distinct: rationales with the same text count once.
+        weigh: what the rationales kept of one question count for, see `weights.py`.
+        reward: which completions are accepted: the dotted path of a function like those of `rewards.py`.
+        truncate: importance weights are cut to this many times the question's mean weight (Ionides 2008: √K); None is off.
     """
 
     name: str
@@ -53,6 +62,11 @@ class Scheme:
     worked_examples_iterations: int | None = None
     stop_at_answer: bool = True
     reject_trivial: bool = False
+    keep: int = 1
+    distinct: bool = False
+    weigh: str = "rationales"
+    truncate: float | None = None
+    reward: str = "emreason.rewards.correct"
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or self.budget < 1:
@@ -75,11 +89,33 @@ class Scheme:
             raise UserError(f"sampler.max_new_tokens={self.max_new_tokens!r}: it must be a whole number of at least 1.")
         if self.worked_examples < 0 or (self.worked_examples_iterations is not None and self.worked_examples_iterations < 0):
             raise UserError("sampler.worked_examples and sampler.worked_examples_iterations must be at least 0 (or null: always).")
+        try:
+            callable_ = callable(pkgutil.resolve_name(self.reward))
+        except (ValueError, ImportError, AttributeError):
+            callable_ = False
+        if not callable_:
+            raise UserError(f"sampler.reward={self.reward!r} names no function; use emreason.rewards.correct, valid_sums or well_formed.")
+        if not isinstance(self.keep, int) or self.keep < 1:
+            raise UserError(f"sampler.keep={self.keep!r}: it must be a whole number of at least 1.")
+        if self.weigh not in WEIGHTS:
+            raise UserError(f"sampler.weigh={self.weigh!r} is not known; use {', '.join(WEIGHTS)}.")
+        if self.truncate is not None and self.truncate < 1:
+            raise UserError(f"sampler.truncate={self.truncate}: it must be at least 1 (times the mean weight), or null for no truncation.")
+        if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
+            raise UserError(
+                f"sampler.weigh={self.weigh} needs all draws, from the whole distribution: set sampler.keep={len(self.tries)}, "
+                "sampler.top_p=1, sampler.distinct=false and a temperature above 0."
+            )
 
     @property
     def tries(self) -> tuple[Proposal, ...]:
         """The proposal of attempt 1, 2, …"""
         return tuple(proposal for proposal, tries in self.proposals.items() for _ in range(tries))
+
+    @property
+    def weighs_by_importance(self) -> bool:
+        """Whether the weights need a scoring pass."""
+        return self.weigh in ("importance", "resample")
 
     @property
     def params(self) -> SamplingParams:
@@ -138,7 +174,7 @@ def sample(
 
     queue: deque[Request] = deque()
     for question in questions:
-        attempts = past.get(question.id, [])
+        attempts = past.setdefault(question.id, [])
         if not is_settled(attempts, scheme):
             queue.append(request(question, len(attempts) + 1))
     for completion in engine.generate(queue):
@@ -146,27 +182,31 @@ def sample(
         question_id, attempt = key
         question = by_id[question_id]
         rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
-        if not is_settled([rationale], scheme):
+        past[question_id].append(rationale)
+        if not is_settled(past[question_id], scheme):
             queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V
         yield rationale
 
 
 def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:
-    """Whether a question needs no further draw: one was accepted, it cannot be run, or its tries are used up."""
+    """Whether a question needs no further draw: enough were accepted, it cannot be run, or its tries are used up."""
     if not attempts:
         return False
     last = max(attempts, key=lambda rationale: rationale.attempt)
-    return any(a.accepted for a in attempts) or last.finish_reason == "error" or last.attempt >= len(scheme.tries)
+    texts = [a.text for a in attempts if a.accepted]
+    return (
+        len(set(texts) if scheme.distinct else texts) >= scheme.keep or last.finish_reason == "error" or last.attempt >= len(scheme.tries)
+    )
 
 
 def judge(
     completion: Completion, question: Question, scheme: Scheme, tokenizer: PreTrainedTokenizerBase, iteration: int, attempt: int
 ) -> Rationale:
-    """r(ŷ, y*): extract the answer of a completion and accept it if it is correct and was not truncated."""
+    """r(ŷ, y*): extract the answer of a completion and accept it if the scheme's reward does and it was not truncated."""
     text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
     answer = extract(text, question)
     whole = completion.finish_reason in ("stop", "answer")
-    accepted = whole and correct(answer, question) and not (scheme.reject_trivial and is_trivial(text))
+    accepted = whole and pkgutil.resolve_name(scheme.reward)(text, answer, question) and not (scheme.reject_trivial and is_trivial(text))
     return Rationale(
         question_id=question.id,
         iteration=iteration,

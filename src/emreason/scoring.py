@@ -143,7 +143,7 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 1024) -> Tensor:
+def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 1024, temperature: float = 1.0) -> Tensor:
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
@@ -153,6 +153,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     Args:
         input_ids: [rows, length] int64, right-padded.
         completion_mask: [rows, length] bool; the first column must be False (nothing comes before it).
+        temperature: of softmax(logits / temperature).
 
     Returns:
         [number of marked tokens] float32, row by row.
@@ -172,7 +173,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
 
     def logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head(states).float(), targets, reduction="none")
+        return -F.cross_entropy(head(states).float() / temperature, targets, reduction="none")
 
     if len(targets) <= chunk:
         return logprobs(states, targets)

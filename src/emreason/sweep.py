@@ -65,8 +65,8 @@ class SweepTable(Callback):
     on_multirun_start = on_run_start
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Remember the job's folder."""
-        if job_return.hydra_cfg is not None:
+        """Remember the job's folder; tasks other than training leave no run in it."""
+        if job_return.hydra_cfg is not None and config.task == "emreason.train.run":
             self.folders.append(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002

@@ -32,7 +32,7 @@ from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
 from emreason.module import EMModule
-from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, write_predictions
+from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, tokens_drawn, write_predictions
 from emreason.sweep import run_apart, several_ranks
 from emreason.types import UserError
 
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         config = resolve(cfg)
         if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
             check_same_config(folder, config)
-        if before.get("status") == "finished" and len(before["iterations"]) >= cfg.trainer.max_epochs:
+        if before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(cfg, before["iterations"]):
             console().print(f"Finished already: {folder}", highlight=False)
             return before
         write_atomic(folder / "config.yaml", config)
@@ -129,6 +129,9 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         hydra.utils.instantiate(cfg.m_step),
         max_new_tokens=cfg.evaluation.max_new_tokens,
         forced=cfg.evaluation.forced,
+        bound=cfg.evaluation.bound,
+        bound_questions=cfg.evaluation.bound_questions,
+        seed=cfg.seed,
     )
     few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
     save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
@@ -137,16 +140,18 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         cfg,
         folder,
         keep_below=iterations_done,
+        max_epochs=_max_epochs(cfg, summary.values["iterations"][:iterations_done]),
         callbacks=[
             EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
-            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot),
+            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
             *([RationaleTable(folder, cfg.sampler.display, cfg.rationale_rows)] if cfg.logger else []),
             best,
             save(filename="last", save_top_k=1, monitor=None),
         ],
     )
     trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-    trainer.test(module, datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    # no checkpoint: every iteration was skipped, the weights are the base model's
+    trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         export(module.model, module.tokenizer, folder / "model")
@@ -156,11 +161,12 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
             shutil.rmtree(folder / "checkpoints")
 
 
-def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any]) -> L.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
     logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         hydra.utils.instantiate(cfg.trainer, _partial_=True),
+        max_epochs=max_epochs,
         default_root_dir=folder,
         callbacks=callbacks,
         logger=loggers,
@@ -180,6 +186,12 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, callbacks: list[Any
     # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+def _max_epochs(cfg: DictConfig, done: list[dict[str, Any]]) -> int:
+    """EM iterations in all; no more than are done where these have used up the token budget."""
+    spent = cfg.token_budget is not None and tokens_drawn(done) >= cfg.token_budget
+    return min(len(done), cfg.trainer.max_epochs) if spent else cfg.trainer.max_epochs
 
 
 def _iterations_done(checkpoint: Path) -> int:
@@ -206,10 +218,14 @@ def _clear(folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def _task(cfg: DictConfig) -> float | None:
-    """The Hydra task; returns validation accuracy, what sweepers optimise."""
+    """The Hydra task: what `task` in the config names, `run` below unless an experiment says otherwise."""
+    return hydra.utils.get_method(cfg.task)(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def run(cfg: DictConfig, folder: Path) -> float | None:
+    """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
     from emreason.report import collect, print_runs
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and several_ranks(cfg):
         return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))

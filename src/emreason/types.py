@@ -96,7 +96,11 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Rationale:
-    """One attempt (ẑ, ŷ) at a question, accepted or not. `attempt` counts from 1; `logprob` in nats, temperature 1."""
+    """One attempt (ẑ, ŷ) at a question, accepted or not. `attempt` counts from 1; `logprob` in nats, temperature 1.
+
+    `weight`: what the M-step multiplies its log-likelihood by, 0 if it was accepted but not kept. `log_weight`: the logarithm of its
+    importance weight π(z, y*|x) / q(z, y*|x), not normalised, where the scheme weighs by importance.
+    """
 
     question_id: str
     iteration: int
@@ -110,6 +114,7 @@ class Rationale:
     logprob: float
     token_ids: tuple[int, ...]
     weight: float = 1.0
+    log_weight: float | None = None
 
 
 class UserError(Exception):

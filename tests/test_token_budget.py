@@ -1,0 +1,41 @@
+"""`token_budget`: runs stop at equal generation cost, stay finished, and a resumed one does not go on past it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from test_config import compose_config
+
+from emreason.recorder import read_summary
+from emreason.train import train
+from emreason.types import UserError
+
+SMALL = ["dataset.limit.train=40", "dataset.limit.validation=2", "dataset.limit.test=2", "evaluation.baseline=[]", "engine.dtype=float32"]
+
+
+def config(*overrides):
+    cfg = compose_config("experiment=smoke", "m_step.on_zero_accepted=skip", "trainer.max_epochs=9", *SMALL, *overrides)
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def test_a_run_stops_at_its_token_budget_and_stays_there(tmp_path):
+    first = train(config("token_budget=1"), tmp_path)
+    assert (first["status"], len(first["iterations"])) == ("finished", 1)
+    tokens = first["iterations"][0]["e_step"]["tokens"]
+    more = config(f"token_budget={tokens + 1}")
+    second = train(more, tmp_path)  # a larger budget goes on, by one iteration
+    assert [r["iteration"] for r in second["iterations"]] == [0, 1]
+    assert train(more, tmp_path)["iterations"] == second["iterations"]
+    # killed between its last iteration and the test: the same command must test it, not train it further
+    summary = read_summary(tmp_path) | {"status": "running", "test": None}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    third = train(more, tmp_path)
+    assert (third["status"], third["test"]["n"]) == ("finished", 2)
+    assert third["iterations"] == second["iterations"]
+
+
+def test_a_bad_budget_is_refused(tmp_path):
+    with pytest.raises(UserError, match="token_budget"):
+        train(config("token_budget=0"), tmp_path)
