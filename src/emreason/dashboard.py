@@ -127,7 +127,7 @@ class Iterations(Callback):
             records = self.summary.values["iterations"]
             record = {k: v for k, v in records[-1].items() if k != "iteration"}
             e_step = record["e_step"]
-            values = _scalars(record)
+            values: dict[str, Any] = {**_scalars(record)}
             if e_step["accepted"]:
                 values["e_step/tokens_per_accepted"] = e_step["tokens"] / e_step["accepted"]
             iteration = records[-1]["iteration"]

@@ -175,6 +175,7 @@ def _task(cfg: DictConfig) -> float | None:
     """The Hydra task; returns validation accuracy, what sweepers optimise."""
     from emreason.report import collect, print_runs
 
+    quiet()  # also where a launcher runs the job in a process of its own
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
@@ -197,7 +198,6 @@ def _task(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Console script `emreason`."""
-    quiet()
     report_errors(_task)
 
 
