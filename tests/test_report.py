@@ -479,7 +479,7 @@ def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):
         summary["iterations"][0]["e_step"]["tokens"] += 500
         (folder / "summary.json").write_text(json.dumps(summary))
     drawn = {}
-    monkeypatch.setattr(figures, "_save", lambda figure, handles, name, caption, out: drawn.update({name: figure}))
+    monkeypatch.setattr(figures, "_save", lambda figure, *rest: drawn.update({rest[1]: figure}))
     runs = collect([tmp_path])
     figures.draw_all(runs, compare(runs), tmp_path)
     assert len(drawn) >= 5
@@ -491,8 +491,8 @@ def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):
             assert all(left <= x <= right and bottom <= y <= top for x, y in points), name
 
 
-def test_the_page_in_a_browser(tmp_path):
-    """Opened from disk in headless Chromium: no error, no request, the filters work, every figure has its size."""
+def test_the_page_as_a_browser_lays_it_out(tmp_path):
+    """Opened from disk: no error, no request, every figure is drawn, nothing runs out of the window."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright and a Chromium")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
