@@ -68,9 +68,9 @@ def parts(scale: str, qwen: str | None = None) -> list[Part]:
         models = {"llama32_3b": "llama32_3b", "qwen25_3b": "qwen25_3b"}
         return [Part("the paper's grid (time: a guess)", "paper", models, REAL, SCHEMES, SEEDS, 3600, ("experiment=paper",))]
     if scale == "tiny":
-        shared = ("experiment=smoke", "engine.dtype=float32", "trainer.max_epochs=1", "m_step.on_zero_accepted=skip")
+        tiny = ("experiment=smoke", "engine.dtype=float32", "trainer.max_epochs=1", "m_step.on_zero_accepted=skip")
         models = {"tiny_llama": "tiny_llama"}
-        return [Part("a tiny random model", "paper-tiny", models, ("sums",), ("rs-8", "pps-1"), (1, 2), 5, shared)]
+        return [Part("a tiny random model", "paper-tiny", models, ("sums",), ("rs-8", "pps-1"), (1, 2), 5, tiny)]
     smollm2 = {"smollm2_135m": "smollm2_135m"}
     grids = [
         Part("SmolLM2-135M on sums", "paper-cpu", smollm2, ("sums",), SCHEMES, SEEDS, 240, ("experiment=demo",)),
