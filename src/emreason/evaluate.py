@@ -112,7 +112,6 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
         UserError: a question has no choices.
     """
     experiment.model.eval()
-    device = next(experiment.model.parameters()).device
     best = []
     cue = experiment.tokenizer.encode("Answer:", add_special_tokens=False)
     with bar("Evaluation, log-likelihood", len(questions), "questions") as progress:
@@ -121,17 +120,24 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
                 raise UserError("method=loglikelihood compares answer letters, but this dataset has no choices; use method=generate.")
             prompt = [*experiment.prompts.ids(question, "question", n_examples), *cue]
             letters = [experiment.tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in question.letters]
-            width = len(prompt) + max(map(len, letters))
-            ids = torch.zeros((len(letters), width), dtype=torch.long, device=device)
-            mask = torch.zeros((len(letters), width), dtype=torch.bool, device=device)
-            for row, letter in enumerate(letters):
-                ids[row, : len(prompt) + len(letter)] = torch.tensor([*prompt, *letter])
-                mask[row, len(prompt) : len(prompt) + len(letter)] = True
-            logprobs = token_logprobs(experiment.model, ids, mask)
-            sums = torch.zeros(len(letters), device=device).index_add(0, mask.nonzero()[:, 0], logprobs)
-            best.append(question.letters[int(sums.argmax())])
-            progress.update(1, int(mask.sum()))
+            best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
+            progress.update(1, len(prompt))
     return best
+
+
+def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
+    """log π(continuation | prompt), nats, of each; single tokens share one forward pass of the prompt alone."""
+    device = next(model.parameters()).device
+    if all(len(ids) == 1 for ids in continuations):
+        logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
+        return logits.float().log_softmax(-1)[[ids[0] for ids in continuations]]
+    width = len(prompt) + max(map(len, continuations))
+    ids = torch.zeros((len(continuations), width), dtype=torch.long, device=device)
+    mask = torch.zeros((len(continuations), width), dtype=torch.bool, device=device)
+    for row, continuation in enumerate(continuations):
+        ids[row, : len(prompt) + len(continuation)] = torch.tensor([*prompt, *continuation])
+        mask[row, len(prompt) : len(prompt) + len(continuation)] = True
+    return torch.zeros(len(continuations), device=device).index_add(0, mask.nonzero()[:, 0], token_logprobs(model, ids, mask))
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -209,11 +209,12 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
         figure, axes = _grid([group for _, group, _ in panels], plot.x_label, plot.y_label)
         for ax, (title, group, curves) in zip(axes, panels, strict=True):
             companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
-            if all(len(line.x) == 1 for lines in curves.values() for line in lines):  # points over one another: set them side by side
+            at = {x for lines in curves.values() for line in lines for x in line.x}
+            if len(at) == 1 and "iteration" in plot.x_label:  # points over one another: set them side by side
                 for n, label in enumerate(curves):
                     for line in [*curves[label], *companions.get(label, [])]:
                         line.x[0] += _aside(n, len(curves))
-                ax.set_xlim(-0.5, 0.5)
+                ax.set_xlim(min(at) - 0.5, max(at) + 0.5)
             for label, lines in curves.items():
                 _draw_scheme(ax, lines, *colours[label], scale)
                 if not all(line.counted for line in lines):
@@ -248,11 +249,15 @@ def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, sc
     length = min(len(curve.x) for curve in whole)
     x = np.array([curve.x[:length] for curve in whole])
     y = np.array([curve.y[:length] for curve in whole]) * scale
+    style = SOLID
+    if length == 1:  # no line and no band to see it by
+        style = SOLID | {"markersize": 8.0}
+        ax.vlines(x.mean(0), y.min(0), y.max(0), color=colour, alpha=0.35, linewidth=2.5)
     if len(whole) > 1:
         ax.fill_between(x.mean(0), y.min(0), y.max(0), color=colour, alpha=0.13, linewidth=0)
         for curve in whole:
             ax.plot(curve.x, np.multiply(curve.y, scale), marker, color=colour, markersize=2.6, alpha=0.45, markeredgewidth=0)
-    ax.plot(x.mean(0), y.mean(0), color=colour, marker=marker, **SOLID)
+    ax.plot(x.mean(0), y.mean(0), color=colour, marker=marker, **style)
 
 
 def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:

@@ -46,10 +46,13 @@ def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 class SweepTable(Callback):
-    """Refuses secrets; collects the jobs' folders as they end and compares them when the sweep does; set as `hydra.callbacks.sweep`."""
+    """Refuses secrets; notes the jobs' folders as they start and compares them when the sweep ends; set as `hydra.callbacks.sweep`.
+
+    Launchers may run jobs in other processes or on other machines: there a copy of this callback writes into the same file.
+    """
 
     def __init__(self) -> None:
-        self.folders: list[Path] = []
+        self.jobs: Path | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Refuse secrets before Hydra saves the config.
@@ -62,12 +65,18 @@ class SweepTable(Callback):
         except UserError as error:
             raise SystemExit(f"error: {error}") from error
 
-    on_multirun_start = on_run_start
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin the list of jobs."""
+        self.on_run_start(config, **kwargs)
+        self.jobs = Path(config.hydra.sweep.dir).resolve() / f".jobs-{os.getpid()}"
+        self.jobs.parent.mkdir(parents=True, exist_ok=True)
+        self.jobs.write_text("")
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Remember the job's folder; tasks other than training leave no run in it."""
-        if job_return.hydra_cfg is not None and config.task == "emreason.train.run":
-            self.folders.append(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Add the job's folder to the list: at its start, since a killed job has no end. Tasks other than training leave no run."""
+        if self.jobs is not None and config.task == "emreason.train.run":  # not a single run
+            with self.jobs.open("a") as file:
+                file.write(f"{config.hydra.runtime.output_dir}\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Print the table of all jobs.
@@ -77,10 +86,13 @@ class SweepTable(Callback):
         """
         from emreason.report import collect, print_runs
 
-        known = [folder for folder in self.folders if (folder / "summary.json").exists()]
+        assert self.jobs is not None
+        folders = [Path(line) for line in dict.fromkeys(self.jobs.read_text().splitlines())]  # a sweeper may try the same values twice
+        self.jobs.unlink()
+        known = [folder for folder in folders if (folder / "summary.json").exists()]
         if known:
             print_runs(collect(known), Console())
-        unfinished = [folder for folder in self.folders if read_summary(folder).get("status") != "finished"]
+        unfinished = [folder for folder in folders if read_summary(folder).get("status") != "finished"]
         if unfinished:
             names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
-            raise SystemExit(f"error: {len(unfinished)} of {len(self.folders)} jobs failed, the same command tries them again: {names}")
+            raise SystemExit(f"error: {len(unfinished)} of {len(folders)} jobs failed, the same command tries them again: {names}")

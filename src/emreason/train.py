@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers.utils import logging as hf_logging
 
 from emreason.checks import check_values, try_optimizer
-from emreason.dashboard import RationaleTable, finish
+from emreason.dashboard import RUN_ID, Iterations, finish, wandb_runs
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
@@ -106,7 +106,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:
-        finish()
+        finish(summary.values["status"])
         experiment = None
         release_memory()  # a sweep's next job starts without this one's model
     return summary.values
@@ -144,7 +144,7 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         callbacks=[
             EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
             Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
-            *([RationaleTable(folder, cfg.sampler.display, cfg.rationale_rows)] if cfg.logger else []),
+            Iterations(summary, folder, cfg.sampler.display, cfg.rationale_rows),
             best,
             save(filename="last", save_top_k=1, monitor=None),
         ],
@@ -156,7 +156,10 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         write_predictions(folder, "test", module.predictions["test"])
         export(module.model, module.tokenizer, folder / "model")
         best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
-        summary.update(test=module.scores["test"], best_iteration=best_iteration, status="finished")
+        summary.update(test=module.scores["test"], best_iteration=best_iteration)
+        for run in wandb_runs(trainer):
+            run.publish(summary.values)
+        summary.update(status="finished")
         if not cfg.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints")
 
@@ -212,7 +215,7 @@ def _iterations_done(checkpoint: Path) -> int:
 def _clear(folder: Path) -> None:
     for name in ("rationales", "predictions", "checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "config.yaml"):
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", RUN_ID):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -226,6 +229,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
     from emreason.report import collect, print_runs
 
+    quiet()  # also where a launcher runs the job in a process of its own
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and several_ranks(cfg):
         return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))
@@ -252,7 +256,6 @@ def _best_accuracy(summary: dict[str, Any]) -> float | None:
 
 def main() -> None:
     """Console script `emreason`."""
-    quiet()
     report_errors(_task)
 
 
