@@ -51,7 +51,7 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, name):
 
 def begin(folder: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A run of two ranks in its first E-step, and its second rank."""
-    command = [BIN / "emreason", *SMOKE, *DDP, "sampler.budget=300", f"hydra.run.dir={folder}"]
+    command = [BIN / "emreason", *SMOKE, *DDP, "sampler.budget=40", f"hydra.run.dir={folder}"]
     journal = folder / "rationales" / "iteration=000.rank=1.jsonl"
 
     def size() -> int:
@@ -84,7 +84,7 @@ def test_a_rank_that_dies_takes_the_other_down_and_the_run_resumes(tmp_path):
     other.wait(timeout=60)  # raises if it outlives the first rank by a minute
     assert "the process that launched it is gone; the same command resumes the run" in (main.stderr.read() if main.stderr else "")
 
-    one = ["trainer.max_epochs=1", "evaluation.baseline=[]", "sampler.budget=300"]
+    one = ["trainer.max_epochs=1", "evaluation.baseline=[]", "sampler.budget=40"]
     smoke(folder, *one)  # on one rank: what two had sampled is used
     smoke(whole, *one)
     assert_same(learned(folder), learned(whole))
