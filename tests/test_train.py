@@ -61,7 +61,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "finished"
+    folder = tmp_path_factory.mktemp("runs") / "seed=1"  # as run folders are called: Hydra wants such values quoted
     smoke(folder)
     return folder
 

@@ -200,6 +200,13 @@ def _dotted(node: Any, prefix: str) -> Iterator[str]:
 _SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
+def quoted(argument: str) -> str:
+    """An override whose value holds `=`, like the run folders' `seed=1`, in the quotes that Hydra wants around it."""
+    key, _, value = argument.partition("=")
+    plain_value = "=" in value and not re.search(r"""['"\[\]{}(),$]""", value) and not argument.startswith("-")
+    return f"{key}='{value}'" if plain_value else argument
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Check a command line before Hydra reads it, and saves it in `.hydra/`.
 

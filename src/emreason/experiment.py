@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from emreason.checks import check_arguments
+from emreason.checks import check_arguments, quoted
 from emreason.datasets import Dataset
 from emreason.interrupt import stop_on_signals
 from emreason.memory import keep_freed_memory, out_of_memory_told
@@ -156,6 +156,7 @@ def report_errors(task: Callable[[], Any], again: str = "goes on where it stoppe
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stop_on_signals() as stop:
         try:
+            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             check_arguments(sys.argv[1:])
             task()
         except EXPECTED as error:
