@@ -191,7 +191,7 @@ def _check_devices(cfg: DictConfig) -> None:
 def _dotted(node: Any, prefix: str) -> Iterator[str]:
     """The dotted keys below `node` that hold something."""
     if OmegaConf.is_dict(node):
-        for key in node:
+        for key in (key for key in node if not OmegaConf.is_missing(node, key)):
             yield from _dotted(node[key], f"{prefix}.{key}")
     elif node is not None:
         yield prefix
