@@ -190,8 +190,8 @@ def _check_devices(cfg: DictConfig) -> None:
 
 def _dotted(node: Any, prefix: str) -> Iterator[str]:
     """The dotted keys below `node` that hold something."""
-    if OmegaConf.is_dict(node):
-        for key in (key for key in node if not OmegaConf.is_missing(node, key)):
+    if isinstance(node, dict):
+        for key in node:
             yield from _dotted(node[key], f"{prefix}.{key}")
     elif node is not None:
         yield prefix
@@ -225,7 +225,8 @@ def check_config_for_secrets(cfg: DictConfig) -> None:
     Raises:
         UserError: names the key and where a secret belongs.
     """
-    check_no_secret(dotted for key in ("logger", "model", "engine") for dotted in _dotted(cfg.get(key), key))
+    nodes = {key: cfg[key] for key in ("logger", "model", "engine") if OmegaConf.is_config(cfg.get(key))}
+    check_no_secret(dotted for key, node in nodes.items() for dotted in _dotted(OmegaConf.to_container(node), key))  # nothing is resolved
 
 
 def check_no_secret(keys: Iterable[str]) -> None:
