@@ -40,7 +40,6 @@ class Contender:
 CONTENDERS = [
     Contender("E-step", "emreason", "sample_ours.py"),
     Contender("E-step", "transformers generate, 64 rows", "sample_transformers.py", ("generate", "64")),
-    Contender("E-step", "transformers generate, 16 rows", "sample_transformers.py", ("generate", "16")),
     Contender("E-step", "transformers generate_batch", "sample_transformers.py", ("generate_batch",)),
     Contender("E-step", "vLLM, bfloat16", "sample_vllm.py", ("bfloat16",), "vllm"),
     Contender("E-step", "vLLM, float32", "sample_vllm.py", ("float32",), "vllm"),
