@@ -315,7 +315,7 @@ CASES: dict[str, Case] = {
 def place(tmp_path, monkeypatch):
     """An empty working folder, no network, no keys."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_API_KEY", "EMREASON_DATA_ROOT", "HF_TOKEN"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "EMREASON_DATA_ROOT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes; this one has read it long ago
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import wandb
@@ -10,7 +12,7 @@ from conftest import numbers
 from test_journal import rationale
 
 from emreason import dashboard, evaluate, train
-from emreason.dashboard import RationaleTable, make_logger
+from emreason.dashboard import Iterations, WandbRun
 from emreason.e_step import EStep
 from emreason.experiment import one_sentence
 from emreason.journal import JsonLines
@@ -57,37 +59,27 @@ def test_a_hostile_name_of_a_data_set(monkeypatch, capfd, tmp_path):
 def test_wandb_gets_names_that_it_takes_and_texts_as_they_are(monkeypatch, tmp_path):
     given = {}
 
-    class Logger:
-        def __init__(self, **arguments):
-            given.update(arguments)
-            self.experiment = self
-            self.dir = "d"
+    class Run:
+        logged: ClassVar[dict[str, Any]] = {}
 
-        def define_metric(self, *_, **__):
-            pass
+        def log(self, values, step):  # noqa: ARG002
+            self.logged.update(values)
 
-    monkeypatch.setattr(dashboard, "WandbLogger", Logger)
-    make_logger(str(tmp_path), "p", group=EVIL * 9, job_type=EVIL * 9, offline=True, tags=[EVIL * 9, "a"])
+    monkeypatch.setattr(dashboard, "_start", lambda *_, **about: given.update(about) or Run())
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    logger = WandbRun(str(tmp_path), "p", group=EVIL * 9, job_type=EVIL * 9, offline=True, tags=[EVIL * 9, "a"])
     assert all(text.isprintable() for text in [given["group"], given["job_type"], *given["tags"]])
     assert (len(given["group"]), len(given["tags"][0])) == (128, 64)
 
-    logged = {}
-
-    class Run:
-        def log(self, values):
-            logged.update(values)
-
-    class Trainer:
-        current_epoch = 0
-
-    table = RationaleTable(tmp_path, "RS", rows=5)
     lines = JsonLines(tmp_path / "rationales" / "iteration=000.jsonl")
     lines.append(EStep.journal_record(numbers(1)[0], rationale(EVIL)))
     lines.close()
-    monkeypatch.setattr(table, "_run", lambda _: Run())
-    table.on_train_epoch_end(Trainer(), None)
-    assert isinstance(logged["rationales"], wandb.Table)  # cells are data there, not markup
-    assert EVIL in logged["rationales"].data[0]
+    record = {"iteration": 0, "e_step": {"accepted": 1, "tokens": 9}, "m_step": {"steps": 1}, "validation": None}
+    summary = SimpleNamespace(values={"iterations": [record]})
+    monkeypatch.setattr(dashboard, "wandb_runs", lambda _: [logger])
+    Iterations(summary, tmp_path, "RS", rows=5).on_train_epoch_end(None, None)
+    assert isinstance(Run.logged["rationales"], wandb.Table)  # cells are data there, not markup
+    assert EVIL in Run.logged["rationales"].data[0]
 
 
 @pytest.mark.parametrize("key", ["logger.api_key", "model.load.token", "logger.wandb.password"])
