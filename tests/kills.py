@@ -32,7 +32,7 @@ def start(command: str, arguments: list[str], output: Path, paid: Path | None = 
     """Run a command in a fork, its output in the file `output`; returns the process id.
 
     Args:
-        paid: a file to which the name of every attempt is added just before it is journalled.
+        paid: a file to which the name of every attempt is added just after it is journalled.
     """
     child = os.fork()
     if child:
@@ -59,10 +59,10 @@ def count(paid: Path) -> None:
     append = journal.JsonLines.append
 
     def counted(lines: journal.JsonLines, record: dict) -> None:
-        if "attempt" in record:
+        append(lines, record)
+        if "attempt" in record:  # after it is on disk: a kill between the two is an attempt in flight
             with paid.open("a") as file:
                 file.write(json.dumps([record["iteration"], record["question_id"], record["attempt"]]) + "\n")
-        append(lines, record)
 
     journal.JsonLines.append = counted  # type: ignore[method-assign]
 
