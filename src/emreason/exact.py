@@ -44,7 +44,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         scheme = hydra.utils.instantiate(config)
         curves[scheme.display] = curve(model, scheme, lab.iterations, lab.draws, cfg.seed)
     write_json(folder / "exact.json", {name: vars(c) for name, c in curves.items()})
-    Console().print(rich_table(table(curves, len(model.rationales))))
+    Console(width=max(Console().width, 100)).print(rich_table(table(curves, len(model.rationales))))
     draw(curves, folder / "exact.png")
     print(f"Written: {folder / 'exact.json'}\n         {folder / 'exact.png'}")
     return curves[EXACT].log_marginal[-1]
