@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from emreason.answers import answer_line_complete, correct, extract
 from emreason.model import base_causal_lm
+from emreason.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
 from emreason.prompts import Prompts
 from emreason.stats import wilson
@@ -161,15 +162,19 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     causal_lm = base_causal_lm(model)
     decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     shared = shared_prefix(input_ids, completion_mask)
-    if shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
-        hidden, shared = decoder(input_ids=input_ids, use_cache=False).last_hidden_state, 0
+    if shared < MIN_SHARED:
+        shared = 0
+    if can_pack_rows(causal_lm):
+        states = packed_states(causal_lm, input_ids, completion_mask, shared)
+    elif not shared or causal_lm.is_gradient_checkpointing:
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
         prefix = DynamicCache(config=causal_lm.config)
         decoder(input_ids=input_ids[:1, :shared], past_key_values=prefix, use_cache=True)
         prefix.batch_repeat_interleave(len(input_ids))
         hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
-    # the state at t predicts token t + 1
-    states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
+        states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
 
     def logprobs(states: Tensor, targets: Tensor) -> Tensor:
