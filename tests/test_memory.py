@@ -19,10 +19,10 @@ def too_full(decoder_class, monkeypatch, rows: int, error: type[BaseException] =
     """Decoding more than `rows` rows runs out of memory."""
     decode = decoder_class.decode
 
-    def limited(self, tokens, lengths, shared=0):
+    def limited(self, tokens, lengths):
         if len(lengths) > rows:
             raise error("DefaultCPUAllocator: can't allocate memory")
-        return decode(self, tokens, lengths, shared)
+        return decode(self, tokens, lengths)
 
     monkeypatch.setattr(decoder_class, "decode", limited)
 

@@ -213,7 +213,8 @@ def test_token_logprobs_equal_the_library_s_loss(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "lora"])
-def test_a_shared_prefix_changes_neither_log_probabilities_nor_gradients(family, monkeypatch):
+def test_neither_packing_nor_a_shared_prefix_changes_log_probabilities_or_gradients(family, monkeypatch):
+    """Against the model's own forward on padded rows."""
     module = em_module(family="llama" if family == "lora" else family)
     if family == "lora":
         module.model = add_lora(module.model, r=4, alpha=8)
@@ -224,13 +225,24 @@ def test_a_shared_prefix_changes_neither_log_probabilities_nor_gradients(family,
     shared = scoring.shared_prefix(batch.input_ids, batch.completion_mask)
     assert 4 < shared < min(len(row.prompt_ids) for row in rows)
     results = []
-    for least in (1, 10**9):  # with and without
+    own = (lambda _: False, 10**9)
+    ways = [own, (scoring.can_pack_rows, 1), (scoring.can_pack_rows, 10**9), (own[0], 1)]
+    assert scoring.can_pack_rows(scoring.base_causal_lm(module.model))
+    for can_pack_rows, least in ways:
+        monkeypatch.setattr(scoring, "can_pack_rows", can_pack_rows)
         monkeypatch.setattr(scoring, "MIN_SHARED", least)
         logprobs = token_logprobs(module.model, batch.input_ids, batch.completion_mask)
         gradients = torch.autograd.grad(logprobs.square().sum(), module.trainable())
         results.append((logprobs, torch.cat([g.flatten() for g in gradients])))
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-4 * results[1][1].abs().max().item())
+    module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    module.model.train()
+    monkeypatch.setattr(scoring, "can_pack_rows", ways[1][0])
+    logprobs = token_logprobs(module.model, batch.input_ids, batch.completion_mask)
+    gradients = torch.autograd.grad(logprobs.square().sum(), module.trainable())
+    results.append((logprobs, torch.cat([g.flatten() for g in gradients])))
+    for logprobs, gradient in results[1:]:
+        assert torch.allclose(logprobs, results[0][0], atol=1e-5)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize(

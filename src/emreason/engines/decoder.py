@@ -16,16 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from emreason.engines.ops import make_ops, rotate
 from emreason.engines.packing import PackedLinear, can_pack
 
 PREFILL_TOKENS = 512
 """Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""
-
-ATTENTION_ROWS = 16
-"""Rows that attend together on a CPU, over the longest of them."""
-
-MIN_CASCADE = 16
-"""Shortest prefix common to all rows that is worth attending to once for all of them."""
 
 CACHE_STEP = 64
 """Positions by which the cache grows at least."""
@@ -44,11 +39,8 @@ class Decoder(Protocol):
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """Cache the K/V of `tokens` at positions start, start + 1, … of `row`, for each job (row, start, tokens)."""
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
-        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached.
-
-        The first `shared` cached positions are known to hold the same tokens in all rows.
-        """
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row `target` becomes a copy of the first `length` positions of row `source`, which is free afterwards."""
@@ -93,7 +85,7 @@ class _Layer:
         q, k, v, o, gate, up, down = _linears(layer)
         self.qkv, self.o = PackedLinear([q, k, v], dtype), PackedLinear([o], dtype)
         self.gate_up, self.down = PackedLinear([gate, up], dtype), PackedLinear([down], dtype)
-        self.norm1, self.norm2 = layer.input_layernorm.weight.to(dtype), layer.post_attention_layernorm.weight.to(dtype)
+        self.norm2 = layer.post_attention_layernorm.weight.to(dtype)
 
 
 class FusedDecoder:
@@ -107,10 +99,13 @@ class FusedDecoder:
         self.device, self.dtype = base.lm_head.weight.device, dtype or base.model.embed_tokens.weight.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.eps, self.scale = config.rms_norm_eps, 1 / math.sqrt(self.head_dim)
+        self.scale = 1 / math.sqrt(self.head_dim)
         self.rotary, self.embedding = base.model.rotary_emb, base.model.embed_tokens
         self.layers = [_Layer(layer, self.dtype) for layer in base.model.layers]
-        self.norm, self.head = base.model.norm.weight.to(self.dtype), PackedLinear([base.lm_head], self.dtype)
+        norms = [*(layer.input_layernorm for layer in base.model.layers), base.model.norm]
+        self.norms = [norm.weight.to(self.dtype) for norm in norms]  # before layer 0, 1, … and before the head
+        self.head = PackedLinear([base.lm_head], self.dtype)
+        self.ops = make_ops(self.dtype, self.device, self.heads, self.head_dim, config.rms_norm_eps)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.reserve(1, 1)
@@ -130,31 +125,15 @@ class FusedDecoder:
                 else:
                     caches.append(new)
         positions = torch.arange(width, device=self.device)
-        cos, sin = self.rotary(self.norm, positions[None])
-        self.positions, self.cos, self.sin = positions, cos[0, :, None], sin[0, :, None, : self.head_dim // 2]
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of x [N, heads, D] by cos [N, 1, D], sin [N, 1, D/2]."""
+        cos, sin = self.rotary(self.norms[0], positions[None])
         half = self.head_dim // 2
-        y = x * cos
-        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin)
-        return y
+        self.positions, self.cos, self.sin = positions, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
-    def _project(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, heads, D], keys and values [N, kv_heads, D] of hidden states x [N, hidden]."""
-        qkv = layer.qkv(self._rms_norm(x, layer.norm1)).view(len(x), -1, self.head_dim)
-        qk = self._rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
-        return qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
-
-    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> None:
-        """Add the attention output and the MLP to the residual stream x, in place."""
-        x += layer.o(attended)
-        gate, up = layer.gate_up(self._rms_norm(x, layer.norm2)).chunk(2, dim=-1)
-        x += layer.down(F.silu(gate).mul_(up))
+    def _finish(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
+        """Add layer i's attention output and MLP to the residual stream x, in place; what the next layer's products take."""
+        layer = self.layers[i]
+        h = self.ops.add_norm(x, layer.o(attended), layer.norm2)
+        return self.ops.add_norm(x, layer.down(self.ops.silu_mul(layer.gate_up(h))), self.norms[i + 1])
 
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         batch: list[tuple[int, int, Sequence[int]]] = []
@@ -171,13 +150,16 @@ class FusedDecoder:
         ids = torch.tensor([t for _, _, tokens in jobs for t in tokens], device=self.device)
         at = torch.tensor([start + i for _, start, tokens in jobs for i in range(len(tokens))], device=self.device)
         x = self.embedding(ids).to(self.dtype)
-        cos, sin = self.cos[at], self.sin[at]
+        cos, sin = self.cos[at, None], self.sin[at, None]
         masks = [
             None if start == 0 else self.positions[: start + len(tokens)] <= self.positions[start : start + len(tokens), None]
             for _, start, tokens in jobs
         ]
+        h = self.ops.add_norm(x, None, self.norms[0])
         for i, layer in enumerate(self.layers):
-            q, k, v = self._project(layer, x, cos, sin)
+            qkv = layer.qkv(h).view(len(x), -1, self.head_dim)
+            qk, v = rotate(qkv[:, : self.heads + self.kv_heads], cos, sin), qkv[:, self.heads + self.kv_heads :]
+            q, k = qk[:, : self.heads], qk[:, self.heads :]
             attended = torch.empty_like(q)
             begin = 0
             for (row, start, tokens), mask in zip(jobs, masks, strict=True):
@@ -192,65 +174,17 @@ class FusedDecoder:
                     attended[begin:end] = out[0].transpose(0, 1)
                 begin = end
             if i + 1 < len(self.layers):
-                self._finish(layer, x, attended.flatten(1))
+                h = self._finish(i, x, attended.flatten(1))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
-        rows, heads = len(lengths), self.kv_heads
-        self.reserve(rows, max(lengths) + 1)
-        shared = shared if shared >= MIN_CASCADE and rows > 1 and self.dtype == torch.float32 else 0
-        at = torch.tensor(lengths, device=self.device)
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        self.reserve(len(lengths), max(lengths) + 1)
         x = self.embedding(tokens).to(self.dtype)
-        cos, sin = self.cos[at], self.sin[at]
-        stride = self.keys[0].shape[2]
-        slots = (torch.arange(rows * heads, device=self.device).view(rows, -1) * stride + at[:, None]).flatten()
-        chunks = []
-        size = ATTENTION_ROWS if self.device.type == "cpu" else rows
-        for begin in range(0, rows, size):
-            end = min(begin + size, rows)
-            width = max(lengths[begin:end]) + 1
-            mask = torch.zeros(end - begin, 1, 1, width - shared, dtype=self.dtype, device=self.device)
-            mask.masked_fill_((self.positions[shared:width] > at[begin:end, None])[:, None, None], -math.inf)
-            mask = mask.expand(-1, heads, self.heads // heads, -1).flatten(0, 1)
-            chunks.append((slice(begin * heads, end * heads), slice(shared, width), mask))
+        plan = self.ops.plan(torch.tensor(lengths, device=self.device), lengths, self.keys[0].shape[2])
+        h = self.ops.add_norm(x, None, self.norms[0])
         for i, layer in enumerate(self.layers):
-            q, k, v = self._project(layer, x, cos, sin)
-            keys, values = self.keys[i].view(-1, stride, self.head_dim), self.values[i].view(-1, stride, self.head_dim)
-            keys.view(-1, self.head_dim).index_copy_(0, slots, k.reshape(-1, self.head_dim))
-            values.view(-1, self.head_dim).index_copy_(0, slots, v.reshape(-1, self.head_dim))
-            # [rows * kv_heads, group, head_dim]: the queries of a group meet their K and V together, which are never expanded.
-            attended = self._attend(q.reshape(rows * heads, -1, self.head_dim), keys, values, chunks, shared)
-            self._finish(layer, x, attended.view(rows, -1))
-        return self.head(self._rms_norm(x, self.norm))
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, chunks: Sequence[tuple[slice, slice, Tensor]], shared: int) -> Tensor:
-        """Attention of q [rows * kv_heads, group, head_dim] over keys and values [·, width, head_dim], chunk by chunk of rows.
-
-        The first `shared` positions are the same in every row: they are read once, from row 0, for all rows together.
-        """
-        out = torch.empty_like(q)
-        if shared:
-            heads = self.kv_heads
-            together = q.view(-1, heads, *q.shape[1:]).transpose(0, 1).reshape(heads, -1, self.head_dim)
-            scores = torch.bmm(together, keys[:heads, :shared].transpose(1, 2)).mul_(self.scale)
-            scores = scores.view(heads, -1, q.shape[1], shared).transpose(0, 1).flatten(0, 1)
-            weights = torch.empty_like(scores)
-        for rows, live, mask in chunks:
-            if self.dtype != torch.float32:  # bmm would round the scores to half precision
-                args = q[rows, None], keys[rows, None, live], values[rows, None, live], mask[:, None]
-                out[rows] = F.scaled_dot_product_attention(*args, scale=self.scale)[:, 0]
-                continue
-            own = torch.baddbmm(mask, q[rows], keys[rows, live].transpose(1, 2), alpha=self.scale)
-            if not shared:
-                torch.bmm(own.softmax(-1), values[rows, live], out=out[rows])
-                continue
-            probabilities = torch.cat([scores[rows], own], dim=-1).softmax(-1)
-            weights[rows] = probabilities[..., :shared]
-            torch.bmm(probabilities[..., shared:], values[rows, live], out=out[rows])
-        if shared:
-            together = weights.view(-1, heads, *weights.shape[1:]).transpose(0, 1).reshape(heads, -1, shared)
-            part = torch.bmm(together, values[:heads, :shared])
-            out.view(-1, heads, *q.shape[1:]).add_(part.view(heads, -1, *q.shape[1:]).transpose(0, 1))
-        return out
+            attended = self.ops.attend(plan, layer.qkv(h), self.cos, self.sin, self.keys[i], self.values[i])
+            h = self._finish(i, x, attended)
+        return self.head(h)
 
     def move(self, source: int, target: int, length: int) -> None:
         for cache in (*self.keys, *self.values):
@@ -291,7 +225,7 @@ class ForwardDecoder:
             if tokens:
                 self._forward(row, start, torch.tensor(tokens, device=self.device))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:  # noqa: ARG002
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         return torch.cat([self._forward(row, length, tokens[row : row + 1]) for row, length in enumerate(lengths)])
 
     def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002

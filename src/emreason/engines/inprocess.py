@@ -145,7 +145,6 @@ class _Batch:
         self.prefixes = PrefixCache(engine.prefix_tokens if isinstance(decoder, FusedDecoder) else 0)
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
-        self.shared = 0  # leading positions that hold the same tokens in all rows
 
     def live(self) -> list[_Row]:
         """The rows under way."""
@@ -171,7 +170,6 @@ class _Batch:
             else:
                 arrivals.append(len(self.rows))
                 self.rows.append(row)
-        changed = bool(arrivals or self.free)
         if arrivals:
             self.decoder.reserve(len(self.rows), max(self.rows[i].length + min(self.rows[i].room, RESERVED) for i in arrivals))
         while arrivals:
@@ -182,8 +180,6 @@ class _Batch:
                 self.decoder.move(len(self.rows), index, last.length)
                 self.rows[index] = last
         self.free = []
-        if changed:
-            self.shared = min((common_prefix(self.rows[0].ids, row.ids) for row in self.rows), default=0)
 
     def _prefill(self, arrivals: Sequence[int]) -> list[int]:
         """Prefill the rows whose prompts share nothing new among themselves; the others, returned, will find their prefix cached."""
@@ -211,7 +207,7 @@ class _Batch:
         """Decode and draw one token for every row; returns the completions that end with it."""
         rows, decoder = self.rows, self.decoder
         tokens = torch.tensor([row.token for row in rows], device=decoder.device)
-        logits = decoder.decode(tokens, [row.length for row in rows], self.shared)
+        logits = decoder.decode(tokens, [row.length for row in rows])
         uniforms = counter_uniforms([row.request.seed for row in rows], [len(row.drawn) for row in rows])
         drawn, logprobs = draw(logits, uniforms, [row.request.params for row in rows])
         picked = torch.stack([drawn.double(), logprobs.double()]).tolist()  # the one wait for the device in a step
