@@ -187,7 +187,8 @@ def _check_devices(cfg: DictConfig) -> None:
     there = gpus if on_gpu else max(os.cpu_count() or 1, 2)
     if type(devices) is int and devices > there:
         raise UserError(f"trainer.devices={devices}: this machine has {there} {'GPUs' if on_gpu else 'CPU cores'}; use at most {there}.")
-    _check_nodes(cfg.trainer.get("num_nodes", 1), there if devices in (-1, "auto") else devices)
+    every = gpus if on_gpu else 1  # what Lightning takes for auto
+    _check_nodes(cfg.trainer.get("num_nodes", 1), every if devices in (-1, "auto") else devices)
 
 
 def ranks_started() -> int | None:

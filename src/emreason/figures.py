@@ -115,6 +115,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
     pick, split = _split(runs)
     label = f"{split} accuracy (%)"
     marks = "Line: mean over finished seeds; points: seeds; band: their range."
+    both = "Line: mean over finished seeds, of the cost as well; points: seeds."
 
     def accuracy(run: Run) -> list[float | None]:
         before = run.zero_shot if split == "test" else run.start
@@ -139,7 +140,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             label,
             lambda run: _cumulative([i.tokens for i in run.iterations]),
             accuracy,
-            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged.",
+            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged. {both}",
             few_shot=True,
         ),
         Plot(
@@ -148,7 +149,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             label,
             lambda run: _cumulative([i.seconds for i in run.iterations]),
             accuracy,
-            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged.",
+            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged. {both}",
             few_shot=True,
         ),
         Plot(
