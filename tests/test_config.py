@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from emreason.evaluate import result_file
 from emreason.experiment import CONF
 from emreason.samplers import Scheme
 
@@ -57,3 +58,11 @@ def test_run_folders_differ_where_runs_do():
 def test_the_evaluation_config_composes():
     cfg = compose_config(name="evaluate")
     assert cfg.split == "test"
+
+
+def test_results_of_one_run_do_not_replace_each_other(tmp_path):
+    (tmp_path / "config.yaml").write_text("dataset: {name: sums}\n")
+    asked = [[], ["split=validation"], ["method=loglikelihood"], ["dataset=arc_easy"], ["dataset=arc_easy", "method=loglikelihood"]]
+    names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
+    assert names[0] == "evaluation_test.json"
+    assert len(set(names)) == len(asked)

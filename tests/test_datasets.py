@@ -317,6 +317,66 @@ def test_a_file_as_a_dataset(tmp_path):
     assert dataset.questions("test")[0].kind == "number"
 
 
+FIVE = [
+    {"question": "Which is red?", "choices": ["sky", "blood"], "answer": "B"},
+    {"question": "Which is hot?", "choices": ["fire", "ice", "snow"], "answer": "A"},
+    {"question": "Which flies?", "choices": ["a stone", "a fish", "a bird"], "answer": "C"},
+    {"question": "Which is wet?", "choices": ["water", "sand"], "answer": "A"},
+    {"question": "Which is sour?", "choices": ["honey", "a lemon"], "answer": "B"},
+]
+
+
+def parts(dataset: Dataset) -> dict[str, set[str]]:
+    return {split: {question.text for question in dataset.questions(split)} for split in SPLITS}
+
+
+def test_one_file_is_split_the_same_way_whatever_its_order(tmp_path):
+    """Five lines are enough; a sixth line does not depend on where it stands."""
+    forth = parts(build("file", f"dataset.path={write(tmp_path / 'a.jsonl', *FIVE)}"))
+    assert {split: len(texts) for split, texts in forth.items()} == {"train": 3, "validation": 1, "test": 1}
+    assert set.union(*forth.values()) == {row["question"] for row in FIVE}
+    assert parts(build("file", f"dataset.path={write(tmp_path / 'b.jsonl', *reversed(FIVE))}")) == forth
+    rows = [{"question": f"What is {i}?", "answer": i} for i in range(200)]
+    sizes = {split: len(texts) for split, texts in parts(build("file", f"dataset.path={write(tmp_path / 'c.jsonl', *rows)}")).items()}
+    assert sizes == {"train": 120, "validation": 40, "test": 40}
+
+
+def test_a_question_that_is_there_twice_is_not_both_trained_and_tested_on(tmp_path):
+    rows = [{"question": text, "answer": i} for i in range(40) for text in (f"What is {i}?", f"what is  {i}")]
+    dataset = build("file", f"dataset.path={write(tmp_path / 'a.jsonl', *rows)}")
+    assert dataset.overlap() == {"train_test": 0, "train_validation": 0, "examples_test": 0}
+    assert sum(len(dataset.questions(split)) for split in SPLITS) == 80
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "instruction"),
+    [
+        (FIVE, "choice", "the letter"),
+        ([{"question": f"{i}?", "answer": a} for i, a in enumerate(["1,000", 2, "-3.5"])], "number", "the number"),
+        ([{"question": f"{i}?", "answer": a} for i, a in enumerate([1789, "Paris", 3])], "text", "the answer"),
+    ],
+)
+def test_a_file_says_itself_what_its_answers_are(tmp_path, rows, kind, instruction):
+    path = write(tmp_path / "a.jsonl", *rows)
+    for overrides in ([f"dataset.path={path}"], [f"dataset.load.{split}={path}" for split in SPLITS]):
+        dataset = build("file", *overrides)
+        question = dataset.questions("train")[0]
+        assert question.kind == kind
+        assert instruction in Prompts(tiny_tokenizer(), dataset.prompt).text(question)
+    given = build("file", f"dataset.path={path}", "dataset.prompt.instruction=Think").prompt
+    assert given.instruct(question.kind) == "Think"
+
+
+def test_a_file_that_cannot_be_split(tmp_path):
+    two = write(tmp_path / "a.jsonl", *FIVE[:2], {**FIVE[0], "id": "again"})
+    with pytest.raises(UserError, match="2 different questions; at least 3 are needed, one each to train, validate and test"):
+        load_file("train", path=two)
+    with pytest.raises(UserError, match=r"dataset\.path is one file for all splits, and dataset\.load\.test is given too"):
+        load_file("train", path=two, test=two)
+    with pytest.raises(UserError, match=r"dataset\.path: there is no file .*absent\.csv"):
+        load_file("train", path=str(tmp_path / "absent.csv"))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -343,7 +403,7 @@ def test_a_malformed_file(tmp_path, rows, message):
 
 
 def test_file_errors(tmp_path):
-    with pytest.raises(UserError, match=r"needs dataset\.load\.validation=FILE"):
+    with pytest.raises(UserError, match=r"needs dataset\.path=FILE, or a file per split: dataset\.load\.validation=FILE"):
         load_file("validation", train="x.jsonl")
     with pytest.raises(UserError, match=r"there is no file .*absent\.jsonl"):
         load_file("test", test=str(tmp_path / "absent.jsonl"))
@@ -351,7 +411,7 @@ def test_file_errors(tmp_path):
         load_file("test", test=write(tmp_path / "a.txt", GOOD))
     with pytest.raises(UserError, match="is not a Parquet file"):
         load_file("test", test=write(tmp_path / "a.parquet", GOOD))
-    with pytest.raises(UserError, match=r"dataset\.load\.kind must be one of choice, number, text"):
+    with pytest.raises(UserError, match=r"dataset\.load\.kind must be one of choice, number, text, or null"):
         load_file("test", kind="letters", test=write(tmp_path / "a.jsonl", GOOD))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="line 1: the gold answer 'many' is not a number"):
         load_file("test", kind="number", test=write(tmp_path / "b.jsonl", {"question": "?", "answer": "many"}))

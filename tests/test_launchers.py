@@ -29,10 +29,13 @@ def statuses(cwd: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "package"), [("parallel", "joblib"), ("local", "submitit")])
-def test_jobs_in_processes_of_their_own_and_one_that_fails(tmp_path, launcher, package):
+@pytest.mark.parametrize(
+    ("launcher", "package", "more"),
+    [("parallel", "joblib", []), ("local", "submitit", []), ("cluster", "ray", ["hydra.launcher.ray.remote.num_gpus=0"])],
+)
+def test_jobs_in_processes_of_their_own_and_one_that_fails(tmp_path, launcher, package, more):
     pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher", reason=f"needs pip install 'emreason[{package}]'")
-    done = sweep(tmp_path, f"hydra/launcher={launcher}", "sampler.budget=0,8")
+    done = sweep(tmp_path, f"hydra/launcher={launcher}", "sampler.budget=0,8", *more)
     assert statuses(tmp_path) == ["failed", "finished"], done.stderr
     assert done.returncode == 1
     assert "1 of 2 jobs failed" in done.stderr

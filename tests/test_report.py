@@ -447,25 +447,45 @@ def test_numbers_for_people():
     assert [duration(s) for s in (None, 48.2, 303, 7800)] == ["—", "48 s", "303 s", "2 h 10 min"]
 
 
-def test_the_page_in_a_browser(tmp_path):
+@pytest.fixture
+def chromium(tmp_path):
+    """Run a headless Chromium on a page: `chromium(page, *flags)` returns its output."""
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no chromium on the PATH")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [browser, *flags.split(), "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    def visit(page: Path, *flags: str) -> str:
+        return subprocess.run([*command, *flags, page.as_uri()], check=True, capture_output=True, timeout=120, text=True).stdout
+
+    return visit
+
+
+def test_the_page_in_a_browser(tmp_path, chromium):
     for sampler in NAMES:
         write_run(tmp_path / "outputs" / sampler, sampler, iterations=2, text=EVIL)
     write_report(collect([tmp_path / "outputs"]), tmp_path / "r")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    command = [browser, *flags.split(), "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = f"file://{tmp_path / 'r/report.html'}"
-    shot = tmp_path / "shot.png"
-    subprocess.run([*command, f"--screenshot={shot}", "--window-size=1280,1600", page], check=True, capture_output=True, timeout=120)
+    page, shot = tmp_path / "r/report.html", tmp_path / "shot.png"
+    chromium(page, f"--screenshot={shot}", "--window-size=1280,1600")
     assert shot.read_bytes().startswith(b"\x89PNG")
     assert shot.stat().st_size > 50_000  # not a blank page
-    dom = subprocess.run([*command, "--dump-dom", page], check=True, capture_output=True, timeout=120, text=True).stdout
+    dom = chromium(page, "--dump-dom")
     assert "<title>emreason report</title>" in dom  # the rationale's script did not run
     shown = re.search(r'id="count">(\d+) shown', dom)  # the page's own did
     assert shown
     assert int(shown[1]) == dom.count("<article")
+
+    # as a reader would: choose a scheme, an iteration and a verdict
+    choose = "".join(
+        f"""f = document.querySelector('[data-key="{key}"]'); f.value = '{value}'; f.dispatchEvent(new Event('change'));"""
+        for key, value in {"scheme": "STaR", "iteration": "1", "verdict": "rejected"}.items()
+    )
+    page.write_text(page.read_text().replace("</body>", f"<script>let f; {choose}</script></body>"))
+    articles = re.findall(r"<article [^>]*>", chromium(page, "--dump-dom"))
+    chosen = ['data-scheme="STaR" data-iteration="1" data-verdict="rejected"' in article for article in articles]
+    assert 0 < sum(chosen) < len(articles)
+    assert [' hidden=""' not in article for article in articles] == chosen
 
 
 def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):

@@ -159,6 +159,12 @@ def test_evaluating_and_reporting_a_finished_run(finished, tmp_path):
     done = run("emreason-eval", f"run={finished}", "dataset.limit.test=10", "samples=4", "bound=3", "trainer.accelerator=cpu", cwd=tmp_path)
     result = json.loads((finished / "evaluation_test.json").read_text())
     assert result["n"] == 10, done.stdout
+    measured, again = (
+        {row["question_id"]: row for row in map(json.loads, (finished / f"predictions/{name}.jsonl").open())}
+        for name in ("test", "evaluation_test")
+    )
+    assert again == {key: measured[key] for key in again}  # greedy, of the chosen model: what the run itself measured
+    assert 0 <= result["maj@4"] <= result["pass@4"]
     assert result["log_marginal"] < 0 < result["log_marginal_se"]
     assert 0 <= result["pass@1"] <= result["pass@2"] <= result["pass@4"] <= 1
     run("emreason-report", str(finished.parent), "--out", str(tmp_path / "report"), cwd=tmp_path)

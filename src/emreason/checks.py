@@ -103,6 +103,7 @@ ALLOWED = {
     "peft.add.dropout": number(0, 1),
     "trainer.max_epochs": whole(1),
     "trainer.devices": _DEVICES,
+    "trainer.num_nodes": whole(1),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "split": one_of("train", "validation", "test"),
     "method": one_of("generate", "loglikelihood"),
@@ -186,6 +187,28 @@ def _check_devices(cfg: DictConfig) -> None:
     there = gpus if on_gpu else max(os.cpu_count() or 1, 2)
     if type(devices) is int and devices > there:
         raise UserError(f"trainer.devices={devices}: this machine has {there} {'GPUs' if on_gpu else 'CPU cores'}; use at most {there}.")
+    every = gpus if on_gpu else 1  # what Lightning takes for auto
+    _check_nodes(cfg.trainer.get("num_nodes", 1), every if devices in (-1, "auto") else devices)
+
+
+def ranks_started() -> int | None:
+    """How many processes torchrun, or srun in a SLURM job, has started for this command; None where neither has."""
+    torchrun = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    started = torchrun or os.environ.get("SLURM_STEP_NUM_TASKS")
+    return int(started) if started else None
+
+
+def _check_nodes(nodes: int, devices: int) -> None:
+    """Processes of other nodes are there, and as many as the trainer will wait for."""
+    started = ranks_started()
+    if nodes > 1 and started is None and "SLURM_NTASKS" not in os.environ:
+        raise UserError(f"trainer.num_nodes={nodes}: start the same command on every node with torchrun, or with srun in a SLURM job.")
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != nodes * devices:
+        here, machines = os.environ.get("LOCAL_WORLD_SIZE", started), os.environ.get("GROUP_WORLD_SIZE", 1)
+        raise UserError(
+            f"torchrun has started {started} processes, but trainer.num_nodes × trainer.devices is {nodes} × {devices}; "
+            f"set trainer.num_nodes={machines} trainer.devices={here}."
+        )
 
 
 def _dotted(node: Any, prefix: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ from emreason.types import Question, Request, UserError, plain
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Evaluate as `conf/evaluate.yaml` says; writes `evaluation_<split>.json` into `folder` and returns its content.
+    """Evaluate as `conf/evaluate.yaml` says; writes `result_file(cfg)` into `folder` and returns its content.
 
     Raises:
         UserError: a value is not allowed, or data or model cannot be loaded.
@@ -53,7 +53,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
         result |= score(predictions, watch.seconds)
         if cfg.predictions:
-            write_predictions(folder, f"evaluation_{cfg.split}", predictions)
+            write_predictions(folder, result_file(cfg).removesuffix(".json"), predictions)
         if cfg.samples:
             result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
     if cfg.bound:
@@ -62,8 +62,15 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             score_given = functools.partial(completion_logprobs, experiment.model)
             result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
     result["seconds"] = watch.seconds
-    write_json(folder / f"evaluation_{cfg.split}.json", result)
+    write_json(folder / result_file(cfg), result)
     return result
+
+
+def result_file(cfg: DictConfig) -> str:
+    """`evaluation_<split>.json`; the dataset, where it is not the run's own, and the method tell other results apart from these."""
+    own = cfg.run is None or read_config(Path(cfg.run) / "config.yaml").dataset.name == cfg.dataset.name
+    parts = [cfg.split, *([] if own else [cfg.dataset.name]), *(["loglikelihood"] if cfg.method == "loglikelihood" else [])]
+    return f"evaluation_{'_'.join(parts)}.json"
 
 
 def sampled(
@@ -183,7 +190,7 @@ def _task(cfg: DictConfig) -> float:
     table.add_row("n", str(result["n"]))
     table.add_row("95 % interval of accuracy", "{:.3f} – {:.3f}".format(*result["ci95"]))
     Console().print(table)
-    print(f"Written: {folder / f'evaluation_{cfg.split}.json'}")
+    print(f"Written: {folder / result_file(cfg)}")
     return float(result["accuracy"])
 
 

@@ -80,6 +80,8 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     hydra.utils.instantiate(cfg.sampler)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
     wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
+        wanted = "float32"  # ranks that measured for themselves could disagree
     chosen = choose_dtype(wanted, device)
     # partials: objects passed through `instantiate` would be copied
     model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)

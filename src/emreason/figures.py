@@ -44,6 +44,13 @@ CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 
 BASELINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (5, 3)), "linewidth": 1.1}
 UNFINISHED: dict[str, Any] = {"color": GREY, "linestyle": "-.", "linewidth": 1.0, "alpha": 0.75, "markersize": 3.0}
 
+EXTRAS = {
+    "few-shot (test)": "Dashed: few-shot baseline on the test split.",
+    "chance acceptance": "Dotted: what a uniform guesser would get accepted in as many tries.",
+    "not finished": "Dash-dotted: runs that are not finished.",
+}
+"""What a caption says of a line that is not in every figure."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -107,7 +114,8 @@ def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Dra
 def _plots(runs: Sequence[Run]) -> list[Plot]:
     pick, split = _split(runs)
     label = f"{split} accuracy (%)"
-    marks = "Line: mean over finished seeds; points: seeds; band: their range; dash-dotted: runs that are not finished."
+    marks = "Line: mean over finished seeds; points: seeds; band: their range."
+    both = "Line: mean over finished seeds, of the cost as well; points: seeds."
 
     def accuracy(run: Run) -> list[float | None]:
         before = run.zero_shot if split == "test" else run.start
@@ -123,7 +131,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             label,
             lambda run: [0.0, *(i.index + 1.0 for i in run.iterations)],
             accuracy,
-            f"{split.capitalize()} accuracy after each EM iteration. {marks} Dashed: few-shot baseline on the test split.",
+            f"{split.capitalize()} accuracy after each EM iteration. {marks}",
             few_shot=True,
         ),
         Plot(
@@ -132,7 +140,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             label,
             lambda run: _cumulative([i.tokens for i in run.iterations]),
             accuracy,
-            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged.",
+            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged. {both}",
             few_shot=True,
         ),
         Plot(
@@ -141,7 +149,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             label,
             lambda run: _cumulative([i.seconds for i in run.iterations]),
             accuracy,
-            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged.",
+            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged. {both}",
             few_shot=True,
         ),
         Plot(
@@ -150,7 +158,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
             "questions accepted (%)",
             numbers,
             lambda run: [i.acceptance for i in run.iterations],
-            "Questions with an accepted rationale, and what a uniform guesser would get accepted in as many tries (dotted).",
+            "Questions with an accepted rationale.",
             chance=lambda run: [i.chance for i in run.iterations],
         ),
         Plot(
@@ -231,11 +239,12 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 ax.set_ylim(min(0.0, -0.02 * ax.get_ylim()[1]), min(ax.get_ylim()[1], 103.0))
             if "iteration" in plot.x_label:
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            else:
+            elif "tokens" in plot.x_label:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for *_, curves in panels)]
         handles += [Line2D([], [], label=name, **style) for name, style in extras.items()]
-        return _save(figure, handles, plot.name, plot.caption, out)
+        caption = " ".join([plot.caption, *(EXTRAS[name] for name in extras)])
+        return _save(figure, handles, plot.name, caption, out)
 
 
 def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, scale: float) -> None:

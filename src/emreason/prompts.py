@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import jinja2
 
-from emreason.types import Demonstration, Proposal, Question, UserError
+from emreason.types import AnswerKind, Demonstration, Proposal, Question, UserError
 
 ANSWER_CUE = "\nAnswer:"
 
@@ -20,13 +20,18 @@ ANSWER_CUE = "\nAnswer:"
 class PromptTemplate:
     """The words around a question. `hint` must contain `{answer}`, which becomes the gold answer.
 
-    `system` is the system message: a string (may be empty) replaces the chat template's own, null keeps it (SmolLM2's
-    and Qwen's cost about 20 tokens in every prompt).
+    `instruction` is one for all questions, or one for each kind of answer: `{choice: …, number: …, text: …}`. `system` is the system
+    message: a string (may be empty) replaces the chat template's own, null keeps it (SmolLM2's and Qwen's cost about 20 tokens in every
+    prompt).
     """
 
-    instruction: str
+    instruction: str | Mapping[AnswerKind, str]
     hint: str
     system: str | None = ""
+
+    def instruct(self, kind: AnswerKind) -> str:
+        """The instruction of questions of this kind."""
+        return self.instruction if isinstance(self.instruction, str) else self.instruction[kind]
 
 
 def render_question(question: Question) -> str:
@@ -71,9 +76,9 @@ class Prompts:
         turns: list[tuple[str, str]] = []
         for example in self.demonstrations[:n_examples]:
             # As in STaR, the examples of a hinted prompt carry hints too.
-            turns.append(("user", self._ask(example.question, proposal)))
+            turns.append(("user", self._ask(example.question, proposal, question.kind)))
             turns.append(("assistant", render_completion(example.question, example.rationale)))
-        turns.append(("user", self._ask(question, proposal)))
+        turns.append(("user", self._ask(question, proposal, question.kind)))
         return self._chat(turns) if self._has_chat_template else self._plain(turns)
 
     def ids(self, question: Question, proposal: Proposal = "question", n_examples: int = 0) -> tuple[int, ...]:
@@ -100,12 +105,12 @@ class Prompts:
     def _has_chat_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def _ask(self, question: Question, proposal: Proposal) -> str:
+    def _ask(self, question: Question, proposal: Proposal, kind: AnswerKind) -> str:
         parts = [render_question(question)]
         if proposal == "rationalization":
             parts.append(self.template.hint.replace("{answer}", question.answer))
-        if self.template.instruction:
-            parts.append(self.template.instruction)
+        if instruction := self.template.instruct(kind):
+            parts.append(instruction)
         return "\n".join(parts)
 
     def _chat(self, turns: list[tuple[str, str]]) -> str:

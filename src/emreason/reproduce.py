@@ -106,18 +106,20 @@ def local_model(path: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def show_plan(grids: Sequence[Part], console: Console) -> None:
-    """Print the grids with runs done and left, and the time left: from finished runs where there are any."""
-    table = Table(title="Plan")
-    for column in ("part", "models", "datasets", "schemes", "seeds", "runs", "finished", "time left"):
-        table.add_column(column, justify="right" if column in ("runs", "finished", "time left") else "left")
+    """Print the grids with the runs done and all, and the time left: from finished runs where there are any."""
+    table = Table(title="Plan", show_lines=True)
+    table.add_column("part", overflow="fold")
+    for column in ("finished", "time left"):
+        table.add_column(column, justify="right", no_wrap=True)
     total = 0.0
     for part in grids:
         summaries = [read_summary(folder) for folder in part.folders]
         seconds = [float(s["seconds"]) for s in summaries if s.get("status") == "finished"]
         left = (len(summaries) - len(seconds)) * (sum(seconds) / len(seconds) if seconds else part.seconds)
         total += left
-        words = [", ".join(map(str, names)) for names in (part.models.values(), part.datasets, part.schemes, part.seeds)]
-        table.add_row(part.title, *words, str(len(summaries)), str(len(seconds)), _duration(left))
+        grid = {"": part.models.values(), "datasets ": part.datasets, "schemes ": part.schemes, "seeds ": part.seeds}
+        words = " × ".join(name + ", ".join(map(str, values)) for name, values in grid.items())
+        table.add_row(f"{part.title}\n  {words}", f"{len(seconds)} of {len(summaries)}", _duration(left))
     console.print(table)
     console.print(f"About {_duration(total)} left. It can be stopped at any moment; the same command goes on.")
 

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
-from emreason.checks import check_config_for_secrets
+from emreason.checks import check_config_for_secrets, ranks_started
 from emreason.recorder import read_summary
 from emreason.types import UserError
 
@@ -66,8 +66,18 @@ class SweepTable(Callback):
             raise SystemExit(f"error: {error}") from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Begin the list of jobs."""
+        """Begin the list of jobs.
+
+        Raises:
+            SystemExit: there is a secret in the config, or torchrun or srun has started this sweep once per rank.
+        """
         self.on_run_start(config, **kwargs)
+        if (started := ranks_started() or 1) > 1:
+            raise SystemExit(
+                f"error: {started} processes were started, and each would begin the whole sweep. Start it without torchrun or srun: each "
+                "job then starts its own ranks (trainer.devices=N). For jobs on several nodes use torchrun once a job, or "
+                "hydra/launcher=slurm with hydra.launcher.nodes=M hydra.launcher.tasks_per_node=N trainer.num_nodes=M trainer.devices=N."
+            )
         self.jobs = Path(config.hydra.sweep.dir).resolve() / f".jobs-{os.getpid()}"
         self.jobs.parent.mkdir(parents=True, exist_ok=True)
         self.jobs.write_text("")

@@ -48,20 +48,30 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         check_values(cfg)
-        return _train(cfg, folder)
+        # where torchrun or SLURM has started this rank, what ends the first at once must end this one: it would wait for it
+        return (None if cfg.overwrite else _done(cfg, folder)) or _train(cfg, folder)
     with locked(folder):
         _check(cfg, folder)
         if cfg.overwrite:
             _clear(folder)
-        before = read_summary(folder)
-        config = resolve(cfg)
-        if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
-            check_same_config(folder, config)
-        if before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(cfg, before["iterations"]):
+        if done := _done(cfg, folder):
             console().print(f"Finished already: {folder}", highlight=False)
-            return before
-        write_atomic(folder / "config.yaml", config)
+            return done
+        write_atomic(folder / "config.yaml", resolve(cfg))
         return _train(cfg, folder)
+
+
+def _done(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do.
+
+    Raises:
+        UserError: the run was begun under another config.
+    """
+    before = read_summary(folder)
+    if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
+        check_same_config(folder, resolve(cfg))
+    finished = before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(cfg, before["iterations"])
+    return before if finished else None
 
 
 def _check(cfg: DictConfig, folder: Path) -> None:
@@ -184,7 +194,12 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, ca
     )
     try:
         trainer: L.Trainer = make()
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        MisconfigurationException,
+    ) as error:  # the last but one: a SLURM job as Lightning wants none
         raise UserError(f"trainer: {error}") from error
     # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
