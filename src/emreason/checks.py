@@ -57,6 +57,10 @@ _SPLITS = Allowed(
     "a list of validation and test, or []",
     lambda v: OmegaConf.is_list(v) and all(name in ("validation", "test") for name in v),
 )
+_DIAGNOSTICS = Allowed(
+    "a list of kl and faithfulness, or []",
+    lambda v: OmegaConf.is_list(v) and all(name in ("kl", "faithfulness") for name in v),
+)
 
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
@@ -89,6 +93,7 @@ ALLOWED = {
     "evaluation.forced": FLAG,
     "evaluation.bound": whole(0),
     "evaluation.bound_questions": whole(1),
+    "evaluation.diagnostics": _DIAGNOSTICS,
     "token_budget": or_null(whole(1)),
     "bound": whole(0),
     "evaluation.baseline": _SPLITS,

@@ -21,6 +21,7 @@ from emreason.likelihood import completion_logprobs
 from emreason.memory import release_memory
 from emreason.model import weights_fingerprint
 from emreason.module import EMModule
+from emreason.probes import faithful
 from emreason.progress import bar
 from emreason.samplers import Scheme, is_settled, is_trivial, sample, training_ids
 from emreason.scoring import Stopwatch, mean
@@ -44,13 +45,15 @@ class EStep(Callback):
         questions: the training questions of all ranks.
         journal: where every attempt is written as it happens.
         seed: the run's seed; a draw depends on (seed, iteration, question id, attempt) alone.
+        faithfulness: also measure `probes.faithful` of the accepted rationales.
     """
 
-    def __init__(self, scheme: Scheme, questions: Sequence[Question], journal: Journal, seed: int):
+    def __init__(self, scheme: Scheme, questions: Sequence[Question], journal: Journal, seed: int, faithfulness: bool = False):
         self.scheme = scheme
         self.questions = list(questions)
         self.journal = journal
         self.seed = seed
+        self.faithfulness = faithfulness
         self.record: dict[str, Any] = {}
         self._steps: tuple[int, list[Step]] | None = None
 
@@ -103,8 +106,12 @@ class EStep(Callback):
                     iteration, len(errored), len(questions), plain(", ".join(errored[:5])),
                 )  # fmt: skip
         trainer.strategy.barrier("journal written")
-        release_memory()  # the engine's cache, before the M-step's activations
         self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
+        if self.faithfulness:
+            accepted = [r for r in attempts if r.accepted]
+            agree = module.gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
+            self.record["faithful_rate"] = mean(agree)
+        release_memory()  # the engine's cache, before the M-step's activations
         return self._make_steps(trainer, module, iteration, weighed, len(questions))
 
     def _sample(
