@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 from conftest import ScriptedEngine, numbers
 from test_module import em_module, gold_script, trainer
+from test_probes import config
 from test_samplers import scheme
+from test_train import assert_same, learned
 from test_weights import plain
 
 from emreason.choice import choose
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.journal import Journal
+from emreason.train import train
 from emreason.types import UserError
 
 
@@ -101,3 +104,15 @@ def test_bad_choices_are_refused(change, word):
         half(**change)
     with pytest.raises(UserError, match="trice"):
         half(keep=2, weigh="trice")
+
+
+@pytest.mark.parametrize("overrides", [["trice"], ["adastar"], ["rloo", "sampler.budget=4"]], ids=lambda o: o[0])
+def test_schemes_that_need_the_past_resume_from_the_journals(tmp_path, overrides):
+    name, *more = overrides
+    arguments = [f"sampler={name}", "sampler.budget=1", *more]
+    train(config(*arguments, "trainer.max_epochs=1"), tmp_path / "resumed")
+    train(config(*arguments, "trainer.max_epochs=3"), tmp_path / "resumed")
+    train(config(*arguments, "trainer.max_epochs=3"), tmp_path / "whole")
+    one, other = (learned(tmp_path / folder) for folder in ("resumed", "whole"))
+    assert_same(one, other)
+    assert any(r["weight"] < 0 for r in one[1]) == (name != "adastar")
