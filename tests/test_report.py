@@ -329,7 +329,7 @@ def test_difficulty_is_judged_by_the_other_runs(tmp_path):
     write_run(tmp_path / "b", "star", iterations=1)
     write_run(tmp_path / "c", "rs", 2, iterations=1)
     shown = acceptance_by_difficulty(collect([tmp_path]))
-    assert shown["RS-4"][0][0] < shown["RS-4"][4][0]  # unsolved by the others: accepted less often
+    assert shown["RS-4"][0][0] < shown["RS-4"][9][0]  # unsolved by the others: accepted less often
     total = sum(1 for line in (easy_first / "rationales/iteration=000.jsonl").read_text().splitlines() if json.loads(line)["attempt"] == 1)
     assert total == 40
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import numbers
+from conftest import ScriptedEngine, numbers
 from test_laboratory import model, pps_iw
 from test_module import em_module, trainer
 from test_samplers import RIGHT, run, scheme
@@ -20,9 +21,9 @@ from emreason.journal import Journal
 from emreason.laboratory import TabularEngine, make_questions
 from emreason.likelihood import completion_logprobs
 from emreason.module import MStep
-from emreason.samplers import sample
+from emreason.samplers import sample, training_ids
 from emreason.types import Rationale, UserError
-from emreason.weights import effective_sample_size, log_mean_weight, normalized, score_weights, weigh
+from emreason.weights import effective_sample_size, log_mean_weight, normalized, remembered, score_weights, weigh
 
 
 def attempt(n, log_weight=0.0, question="q000", accepted=True, text=None):
@@ -72,6 +73,107 @@ def test_a_question_is_drawn_until_enough_distinct_ones_are_kept(prompts, tokeni
     assert (record["accepted"], record["rationales"], record["attempts"]) == (1, 3, 4)
     for cut in range(5):  # and a resumed question does not begin to count anew
         assert len(run(questions, wanted, script, prompts, tokenizer, replayed=rationales[:cut])[0]) == 4 - cut
+
+
+def plain(n, accepted=False, question="q000", iteration=0, reason="answer", proposal="question"):
+    return Rationale(question, iteration, n, proposal, f"z{n}", "1", accepted, 3, reason, -1.0, (1, 2, 3))
+
+
+def test_rloo_weighs_every_draw_against_the_others():
+    rloo = scheme("rs", 4, keep=4, weigh="rloo")
+    mixed = [plain(1, True), plain(2), plain(3, reason="length"), plain(4, True)]
+    assert weights(mixed, rloo) == pytest.approx([(1 - 1 / 3) / 4, -2 / 3 / 4, -2 / 3 / 4, (1 - 1 / 3) / 4])
+    alike = [plain(n, True, "q001") for n in (1, 2, 3, 4)] + [plain(n, False, "q002") for n in (1, 2, 3, 4)]
+    assert weights(alike, rloo) == [0] * 8  # nothing to tell them apart
+    assert weights([plain(1, reason="error", question="q003")], rloo) == [0]
+    assert weights(mixed + alike, rloo)[:4] == weights(mixed, rloo)
+
+
+def test_trice_keeps_a_rationale_and_subtracts_the_control_variate():
+    trice = scheme("star", 1, keep=2, weigh="trice")
+    # iteration 0: of the hinted and the plain draw the plain one stays if it is right, the hinted one is enough to begin
+    begun = [
+        plain(1, True, "a"), plain(2, True, "a", proposal="rationalization"),
+        plain(1, False, "b"), plain(2, True, "b", proposal="rationalization"),
+        plain(1, False, "c"), plain(2, False, "c", proposal="rationalization"),
+        plain(1, True, "d"), plain(2, False, "d", proposal="rationalization"),
+    ]  # fmt: skip
+    memory = remembered(begun, {})
+    assert {q: r.attempt for q, r in memory.items()} == {"a": 1, "b": 2, "d": 1}
+    # with a rationale: a, b, d; right: a, d. β of a and d is 1/2, of b 1. c has none and is left alone
+    assert weights(begun, trice) == pytest.approx([1 / 2, 0, -1, 1, 0, 0, 1 / 2, 0])
+    # iteration 1: a draws wrong, b right, c right for the first time, d wrong
+    again = [plain(1, right, q, iteration=1) for q, right in (("a", False), ("b", True), ("c", True), ("d", False))]
+    weighed = weigh(again, trice, seed=1, iteration=1, memory=memory)
+    assert [(r.question_id, r.iteration, r.attempt, r.weight) for r in weighed] == [
+        ("a", 1, 1, pytest.approx(-2 / 3)),
+        ("b", 1, 1, pytest.approx(1 - 1 / 3)),
+        ("c", 1, 1, pytest.approx(1 - 1 / 3)),
+        ("d", 1, 1, pytest.approx(-2 / 3)),
+        ("a", 0, 1, 1.0),
+        ("d", 0, 1, 1.0),
+    ]
+    assert {q: r.iteration for q, r in remembered(again, memory).items()} == {"a": 0, "b": 1, "c": 1, "d": 0}
+
+
+def test_what_is_made_less_likely_is_what_was_sampled():
+    """The EOS that ends an answer line was not sampled: a model must not unlearn to end."""
+    wrong = plain(1)
+    assert training_ids(replace(wrong, weight=1.0), 9) == (1, 2, 3, 9)
+    assert training_ids(replace(wrong, weight=-0.5), 9) == (1, 2, 3)
+
+
+def test_rloo_raises_right_and_lowers_wrong_completions(tmp_path):
+    """Through E-step and M-step on a transformer: after one step of plain SGD the right draws are likelier, the wrong ones less likely."""
+    rloo, questions = scheme("rs", 4, keep=4, weigh="rloo"), numbers(6)
+    module = em_module(m_step=MStep(batch_size=6, max_grad_norm=None), lr=0.02)
+    said = {1: "abc\nAnswer: {}\n", 2: "def\nAnswer: 27\n", 3: "ghi", 4: "jkl\nAnswer: {}\n"}
+    gold = {q.id: q.answer for q in questions}
+
+    def script(request):
+        question, attempt = request.key
+        return said[attempt].format(gold[question]), "length" if attempt == 3 else "answer"
+
+    module.engine = ScriptedEngine(module.tokenizer, script)
+    callback = EStep(rloo, questions, Journal(tmp_path), seed=1)
+    prompt = {q.id: module.prompts.ids(q) for q in questions}
+
+    def scores():
+        return {(r.question_id, r.attempt): completion_logprobs(module.model, [(prompt[r.question_id], r.token_ids)])[0] for r in drawn}
+
+    steps = callback.pull
+    before: dict = {}
+
+    def spy(*arguments):
+        made = steps(*arguments)
+        nonlocal drawn
+        drawn = Journal(tmp_path).read(0)
+        before.update(before or scores())
+        return made
+
+    drawn: list = []
+    callback.pull = spy
+    trainer(tmp_path, [callback], 1).fit(module, RationaleDataModule([], []))
+    after = scores()
+    gain = {n: sum(after[q.id, n] - before[q.id, n] for q in questions) / 6 for n in (1, 2, 3, 4)}
+    assert min(gain[1], gain[4]) > 0 > max(gain[2], gain[3])
+    assert (callback.record["rationales"], callback.record["rejected_trained"]) == (12, 12)
+    (step,) = callback._steps[1]
+    assert sum(float(b.weights.sum()) for b in step.batches) == pytest.approx(0, abs=1e-6)  # advantages of a question add up to 0
+    assert sum(float(b.weights.abs().sum()) for b in step.batches) == pytest.approx(6 * 4 * (2 / 3) / 4 / 6, rel=1e-5)
+
+
+def test_nothing_to_tell_apart_is_no_error(tmp_path):
+    """All draws of all questions right: no gradient, and not "none was answered correctly"."""
+    questions = numbers(3)
+    module = em_module()
+    gold = {q.id: q.answer for q in questions}
+    module.engine = ScriptedEngine(module.tokenizer, lambda r: RIGHT.format(gold[r.key[0]]))
+    start = [p.detach().clone() for p in module.trainable()]
+    callback = EStep(scheme("rs", 2, keep=2, weigh="rloo"), questions, Journal(tmp_path), seed=1)
+    trainer(tmp_path, [callback], 2).fit(module, RationaleDataModule([], []))
+    assert callback.record["accepted"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(start, module.trainable(), strict=True))
 
 
 @functools.cache
@@ -165,8 +267,16 @@ def test_weights_reach_the_journal_the_m_step_and_a_resumed_run(tmp_path):
         ({"weigh": "importance"}, "keep=4"),
         ({"weigh": "resample", "keep": 4, "top_p": 0.9}, "top_p=1"),
         ({"weigh": "importance", "keep": 4, "distinct": True}, "distinct"),
+        ({"weigh": "rloo", "keep": 4}, "plain prompt"),  # hinted
+        ({"weigh": "trice", "keep": 2}, "question: 1, rationalization: 1"),
     ],
 )
 def test_what_cannot_be_weighed_is_refused(change, word):
     with pytest.raises(UserError, match=word):
         scheme("pps", 4, **change)
+
+
+@pytest.mark.parametrize(("name", "budget", "keep"), [("rs", 4, 3), ("rs", 1, 1), ("star", 4, 5)])
+def test_rloo_needs_all_of_several_plain_draws(name, budget, keep):
+    with pytest.raises(UserError, match="weigh=rloo"):
+        scheme(name, budget, keep=keep, weigh="rloo")

@@ -57,6 +57,10 @@ _SPLITS = Allowed(
     "a list of validation and test, or []",
     lambda v: OmegaConf.is_list(v) and all(name in ("validation", "test") for name in v),
 )
+_DIAGNOSTICS = Allowed(
+    "a list of kl and faithfulness, or []",
+    lambda v: OmegaConf.is_list(v) and all(name in ("kl", "faithfulness") for name in v),
+)
 
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
@@ -73,7 +77,9 @@ ALLOWED = {
     "sampler.reject_trivial": FLAG,
     "sampler.keep": whole(1),
     "sampler.distinct": FLAG,
-    "sampler.weigh": one_of("rationales", "questions", "importance", "resample"),
+    "sampler.weigh": one_of("rationales", "questions", "importance", "resample", "rloo", "trice"),
+    "sampler.choose": one_of("all", "adaptive"),
+    "sampler.share": number(0, 1, above=True),
     "sampler.truncate": or_null(number(1)),
     "m_step.epochs": whole(1),
     "m_step.batch_size": whole(1),
@@ -87,6 +93,7 @@ ALLOWED = {
     "evaluation.forced": FLAG,
     "evaluation.bound": whole(0),
     "evaluation.bound_questions": whole(1),
+    "evaluation.diagnostics": _DIAGNOSTICS,
     "token_budget": or_null(whole(1)),
     "bound": whole(0),
     "evaluation.baseline": _SPLITS,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from emreason import stats
 from emreason.runs import Run, read_lines
 
-# (axis label, upper bound of the solve rate)
-BINS = [("0", 0.0), ("1–25", 0.25), ("26–50", 0.5), ("51–75", 0.75), ("76–100", 1.0)]
+DECILES = 10
+"""Tenths of the solve rate, the hardest first. Not tenths of the questions: many have equal rates, and a cut among them means nothing."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ Share = tuple[float, float, float]
 
 
 def acceptance_by_difficulty(runs: Sequence[Run]) -> dict[str, list[Share | None]]:
-    """Scheme label → one share per bin of `BINS` (None for an empty bin), for runs of one dataset and model.
+    """Scheme label → one share per decile of the solve rate (None for an empty one), for runs of one dataset and model.
 
     A question's solve rate pools the plain-prompt attempts of iteration 0, where all runs still have the same weights.
     A run is placed by the attempts of the *other* runs: its own luck must not decide both axes. A single run is placed by its
@@ -74,11 +75,12 @@ def acceptance_by_difficulty(runs: Sequence[Run]) -> dict[str, list[Share | None
             mine = own.get(question, [0, 0])
             correct, tried = (a - b for a, b in zip(pooled.get(question, [0, 0]), mine, strict=True))
             if tried and (iteration > 0) == later:
-                cell = counts.setdefault(run.label, [[0, 0] for _ in BINS])[_bin(correct / tried)]
+                cell = counts.setdefault(run.label, [[0, 0] for _ in range(DECILES)])[_decile(correct / tried)]
                 cell[0] += accepted
                 cell[1] += 1
     return {label: [(k / n, *stats.wilson(k, n)) if n else None for k, n in cells] for label, cells in counts.items()}
 
 
-def _bin(rate: float) -> int:
-    return next(i for i, (_, upper) in enumerate(BINS) if rate <= upper + 1e-9)
+def _decile(rate: float) -> int:
+    """0 for a solve rate of [0, 0.1], 1 for (0.1, 0.2], …"""
+    return max(0, math.ceil(DECILES * rate - 1e-9) - 1)

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from emreason import __version__
+from emreason.choice import choose
 from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
 from emreason.diagnostics import describe
 from emreason.journal import Journal
@@ -20,12 +21,13 @@ from emreason.likelihood import completion_logprobs
 from emreason.memory import release_memory
 from emreason.model import weights_fingerprint
 from emreason.module import EMModule
+from emreason.probes import faithful
 from emreason.progress import bar
 from emreason.samplers import Scheme, is_settled, is_trivial, sample, training_ids
 from emreason.scoring import Stopwatch, mean
 from emreason.stats import chance_acceptance
 from emreason.types import Question, Rationale, UserError, plain
-from emreason.weights import effective_sample_size, log_mean_weight, normalized, score_weights, weigh
+from emreason.weights import effective_sample_size, log_mean_weight, normalized, remembered, score_weights, weigh
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,15 @@ class EStep(Callback):
         questions: the training questions of all ranks.
         journal: where every attempt is written as it happens.
         seed: the run's seed; a draw depends on (seed, iteration, question id, attempt) alone.
+        faithfulness: also measure `probes.faithful` of the accepted rationales.
     """
 
-    def __init__(self, scheme: Scheme, questions: Sequence[Question], journal: Journal, seed: int):
+    def __init__(self, scheme: Scheme, questions: Sequence[Question], journal: Journal, seed: int, faithfulness: bool = False):
         self.scheme = scheme
         self.questions = list(questions)
         self.journal = journal
         self.seed = seed
+        self.faithfulness = faithfulness
         self.record: dict[str, Any] = {}
         self._steps: tuple[int, list[Step]] | None = None
 
@@ -79,26 +83,36 @@ class EStep(Callback):
         self.journal.check(iteration, self.conditions(module), write=trainer.is_global_zero)
         replayed = self.journal.read(iteration)
         trainer.strategy.barrier("journal read")
-        mine = self.questions[trainer.global_rank :: trainer.world_size]
+        past = [self.journal.read(i) for i in range(iteration)] if self.scheme.needs_past else []
+        questions = choose(self.questions, self.scheme, past, self.seed)
+        mine = questions[trainer.global_rank :: trainer.world_size]
         attempts = self._sample(mine, replayed, trainer, module, iteration)
         by_id = {q.id: q for q in self.questions}
         if self.scheme.weighs_by_importance:
             score = functools.partial(completion_logprobs, module.model)
             attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
-        attempts = weigh(attempts, self.scheme, seed=self.seed, iteration=iteration)
+        memory: dict[str, Rationale] = {}
+        for drawn in past:
+            memory = remembered(drawn, memory)
+        weighed = weigh(module.gather(attempts), self.scheme, seed=self.seed, iteration=iteration, memory=memory)
         order = {question.id: i for i, question in enumerate(self.questions)}
-        everything = sorted(module.gather(attempts), key=lambda r: (order[r.question_id], r.attempt))
+        weighed = sorted(weighed, key=lambda r: (order[r.question_id], r.iteration, r.attempt))
+        everything = [r for r in weighed if r.iteration == iteration]
         if trainer.is_global_zero:
             self.journal.finalize(iteration, (self.journal_record(by_id[r.question_id], r) for r in everything))
             if errored := [r.question_id for r in everything if r.finish_reason == "error"]:
                 log.warning(
                     "E-step %d: %d of %d questions do not fit the model's context and sit out: %s",
-                    iteration, len(errored), len(self.questions), plain(", ".join(errored[:5])),
+                    iteration, len(errored), len(questions), plain(", ".join(errored[:5])),
                 )  # fmt: skip
         trainer.strategy.barrier("journal written")
+        self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
+        if self.faithfulness:
+            accepted = [r for r in attempts if r.accepted]
+            agree = module.gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
+            self.record["faithful_rate"] = mean(agree)
         release_memory()  # the engine's cache, before the M-step's activations
-        self.record = e_step_record(iteration, self.questions, everything, self.scheme, watch.seconds)
-        return self._make_steps(trainer, module, iteration, everything)
+        return self._make_steps(trainer, module, iteration, weighed, len(questions))
 
     def _sample(
         self, mine: Sequence[Question], replayed: Sequence[Rationale], trainer: L.Trainer, module: EMModule, iteration: int
@@ -134,13 +148,16 @@ class EStep(Callback):
         """A journal line: the attempt, and the question and gold answer for whoever reads it."""
         return {**dataclasses.asdict(rationale), "question": question.text, "gold": question.answer}
 
-    def _make_steps(self, trainer: L.Trainer, module: EMModule, iteration: int, attempts: Sequence[Rationale]) -> list[Step]:
-        kept = [r for r in attempts if r.accepted and r.weight > 0]
+    def _make_steps(
+        self, trainer: L.Trainer, module: EMModule, iteration: int, attempts: Sequence[Rationale], n_questions: int
+    ) -> list[Step]:
+        kept = [r for r in attempts if r.weight != 0]
         if not kept:
-            if module.m_step.on_zero_accepted == "skip":
+            # accepted, and yet nothing to learn: under `rloo` and `trice` where every draw is as good as the others
+            if module.m_step.on_zero_accepted == "skip" or any(r.accepted for r in attempts):
                 return [Step([])]  # no loader at all would end the fit without a word
             raise UserError(
-                f"E-step {iteration}: none of {len(self.questions)} questions was answered correctly in {len(attempts)} attempts "
+                f"E-step {iteration}: none of {n_questions} questions was answered correctly in {len(attempts)} attempts "
                 f"({_shares(attempts)}); raise sampler.budget or sampler.max_new_tokens, show worked examples (sampler.worked_examples=2), "
                 "or set m_step.on_zero_accepted=skip."
             )
@@ -152,7 +169,7 @@ class EStep(Callback):
         m_step = module.m_step
         return make_steps(
             examples,
-            len(self.questions),
+            n_questions,
             epochs=m_step.epochs,
             batch_size=m_step.batch_size,
             tokens_per_batch=m_step.tokens_per_batch,
@@ -199,7 +216,7 @@ def e_step_record(
     solved = {r.question_id for r in accepted}
     errored = {r.question_id for r in attempts if r.finish_reason == "error"}
     first = [r for r in attempts if r.attempt == 1]
-    chances = [chance_acceptance(len(q.choices), len(scheme.tries)) for q in questions if q.choices]
+    chances = [chance_acceptance(len(q.choices), scheme.n_tries(iteration)) for q in questions if q.choices]
     trivial = [r for r in accepted if is_trivial(r.text)]
     return {
         "iteration": iteration,
@@ -208,6 +225,7 @@ def e_step_record(
         "rejected": len(questions) - len(solved | errored),
         "errored": len(errored - solved),
         "rationales": sum(r.weight > 0 for r in accepted),
+        "rejected_trained": sum(r.weight < 0 for r in attempts),
         "attempts": len(attempts),
         "acceptance_rate": len(solved) / len(questions),
         "first_try_rate": sum(r.accepted for r in first) / len(questions),

@@ -12,6 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
 from scipy import stats
+from torch import Tensor
 
 from emreason.journal import write_json
 from emreason.laboratory import Hint, Tabular, TabularEngine, accepted, kl, make_questions, make_tabular, rationale_index
@@ -19,7 +20,7 @@ from emreason.prompts import Prompts, PromptTemplate
 from emreason.samplers import Scheme, sample
 from emreason.tables import Entry, Table, rich_table
 from emreason.tiny import tiny_tokenizer
-from emreason.weights import score_weights, weigh
+from emreason.weights import remembered, score_weights, weigh
 
 EXACT = "exact EM"
 
@@ -54,8 +55,10 @@ def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0
     """EM from `model` with the E-step of `scheme` in expectation (None: the exact posterior)."""
     p = chi_square(model, scheme, draws, seed) if scheme is not None and draws else None
     acceptance, distance, likelihood = [], [], []
+    memory: Tensor | None = None
     for iteration in range(iterations + 1):
-        weights = model.posterior() if scheme is None else accepted(model, scheme)
+        weights = model.posterior() if scheme is None else accepted(model, scheme, memory)
+        memory = weights
         acceptance.append(float(weights.sum(1).mean()))
         distance.append(float(kl(model.posterior(), weights).mean()))
         likelihood.append(float(model.log_marginal().mean()))
@@ -88,7 +91,10 @@ def goodness_of_fit(counts: np.ndarray, law: np.ndarray) -> float:
 
 
 def sampled_counts(model: Tabular, scheme: Scheme, draws: int, seed: int) -> np.ndarray:
-    """What `samplers.sample` and `weights.weigh` hand the M-step in `draws` independent E-steps: total weight per [question, rationale]."""
+    """What `samplers.sample` and `weights.weigh` hand the M-step in `draws` independent E-steps: total weight per [question, rationale].
+
+    Of TRICE the persistent rationales: its weights also hold the control variate, whose mean is 0.
+    """
     tokenizer = tiny_tokenizer()
     prompts = Prompts(tokenizer, PromptTemplate(instruction="", hint="({answer})"))
     questions = make_questions(model, draws)
@@ -97,7 +103,9 @@ def sampled_counts(model: Tabular, scheme: Scheme, draws: int, seed: int) -> np.
     if scheme.weighs_by_importance:
         attempts = score_weights(attempts, {q.id: q for q in questions}, scheme, prompts, engine.score, 0)
     counts = np.zeros(model.z_logits.shape)
-    for rationale in weigh(attempts, scheme, seed=seed, iteration=0):
+    trice = scheme.weigh == "trice"
+    kept = list(remembered(attempts, {}).values()) if trice else weigh(attempts, scheme, seed=seed, iteration=0)
+    for rationale in kept:
         if rationale.weight:
             counts[int(rationale.question_id.split("/")[0]), rationale_index(model, rationale.text)] += rationale.weight
     return counts

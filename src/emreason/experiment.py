@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "token_budget",
     "logger",
     "rationale_rows",
+    "evaluation.diagnostics",
     "overwrite",
     "keep_checkpoints",
     "data_root",

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from emreason.comparison import Comparison
-from emreason.difficulty import BINS, acceptance_by_difficulty
+from emreason.difficulty import DECILES, acceptance_by_difficulty
 from emreason.runs import Iteration, Run, Score
 from emreason.types import plain
 
@@ -280,17 +280,17 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
         for ax, (title, _, shown) in zip(axes, panels, strict=True):
             for n, (label, shares) in enumerate(shown.items()):
                 # Side by side, so that the intervals can be told apart.
-                x = np.array([b for b in range(len(BINS)) if shares[b]]) + _aside(n, len(shown))
+                x = np.array([b for b in range(DECILES) if shares[b]]) + _aside(n, len(shown))
                 rate, low, high = (np.array([100 * share[i] for share in shares if share]) for i in range(3))
                 colour, marker = colours[label]
                 ax.errorbar(x, rate, [rate - low, high - rate], color=colour, marker=marker, elinewidth=0.9, capsize=2, **SOLID)
             ax.set_title(_literal(title))
-            ax.set_xticks(range(len(BINS)), [name for name, _ in BINS])
-            ax.set_xlim(-0.5, len(BINS) - 0.5)
+            ax.set_xticks([edge - 0.5 for edge in range(0, DECILES + 1, 2)], [str(10 * edge) for edge in range(0, DECILES + 1, 2)])
+            ax.set_xlim(-0.5, DECILES - 0.5)
             ax.set_ylim(-2, 103)
         handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for *_, shown in panels)]
         caption = (
-            "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question; each run is "
+            "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question (tenths); each run is "
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
         )
         return _save(figure, handles, "acceptance_by_difficulty", caption, out)

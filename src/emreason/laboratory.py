@@ -111,7 +111,7 @@ def make_tabular(questions: int, answers: int, letters: str, max_length: int, se
     return Tabular(rationales, torch.arange(questions) % answers, table(questions, n), table(n, answers), hint)
 
 
-def accepted(model: Tabular, scheme: Scheme) -> Tensor:
+def accepted(model: Tabular, scheme: Scheme, before: Tensor | None = None) -> Tensor:
     """P(the scheme accepts z for x), exactly: [questions, Z]; a row sums to the acceptance probability.
 
     Proposals are tried in order until one is correct, so try t contributes P(all before it failed) · P(try t draws z and y*):
@@ -120,21 +120,30 @@ def accepted(model: Tabular, scheme: Scheme) -> Tensor:
         STaR    posterior · (1 − (1 − p)^M) + (1 − p)^M · q(z, y*|x, y*)
         PPS     q(z, y*|x, y*), renormalised if accepted
         PPS-IW  the expected self-normalised weight of z, see `_self_normalized`
+        TRICE   π(z, y*|x) + (1 − p) · before: the law of the persistent rationale, which a wrong draw leaves as it was
+
+    Args:
+        before: TRICE's law after the iteration before, by default that of the hinted draw it begins with. With an unchanging model it
+            tends to the posterior at the rate (1 − p)^k.
 
     Raises:
         UserError: a scheme whose law is not worked out here (several proposals weighed by importance, `truncate`, `keep` of some tries).
     """
     if scheme.weighs_by_importance and len(set(scheme.tries)) == 1 and scheme.truncate is None and scheme.temperature == 1:
         return _self_normalized(model.log_correct(), model.log_correct(scheme.tries[0]), len(scheme.tries))
+    if scheme.weigh == "trice" and scheme.temperature == 1 and scheme.top_p == 1:
+        correct = model.log_correct().exp()
+        before = model.log_correct("rationalization").exp() if before is None else before
+        return correct + (1 - correct.sum(1, keepdim=True)) * before
     if scheme.keep > 1 or scheme.temperature != 1 or scheme.top_p != 1:
         raise UserError(
-            f"The laboratory does not know what {scheme.display} draws: use keep=1, or importance weights of a single proposal."
+            f"The laboratory does not know what {scheme.display} draws: use keep=1, importance weights of a single proposal, or TRICE."
         )
-    correct = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
+    draws = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
     total, reached = torch.zeros_like(model.z_logits), torch.ones_like(model.z_logits[:, :1])
     for proposal in scheme.tries:
-        total = total + reached * correct[proposal]
-        reached = reached * (1 - correct[proposal].sum(1, keepdim=True))
+        total = total + reached * draws[proposal]
+        reached = reached * (1 - draws[proposal].sum(1, keepdim=True))
     return total
 
 

@@ -62,6 +62,8 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     if shown:
         console.print(tables.rich_table(tables.paper_table(comparison)))
         console.print(Text(tables.caption(), style="dim"))
+    if (told := tables.diagnostics_table(shown)).rows:
+        console.print(tables.rich_table(told))
     for note in comparison.notes:
         console.print(Text(plain(note), style="yellow"))
 
@@ -90,13 +92,14 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
 def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     paper, pairs = tables.paper_table(comparison), tables.pairs_table(comparison)
     shown = [run for run in runs if run.status not in ("missing", "unreadable")]
-    listed = tables.runs_table(shown)
+    listed, told = tables.runs_table(shown), tables.diagnostics_table(shown)
     notes = "".join(f"- {tables.escape_markdown(note)}\n" for note in comparison.notes)
     sections = [
         f"## {paper.title}\n\n{tables.markdown(paper)}\n{tables.caption()}\n",
         f"## Notes\n\n{notes}" if notes else "",
         f"## {pairs.title}\n\n{tables.markdown(pairs)}" if pairs.rows else "",
         f"## {listed.title}\n\n{tables.markdown(listed)}",
+        f"## {told.title}\n\n{tables.markdown(told)}" if told.rows else "",
     ]
     return {
         "table.md": "\n".join(section for section in sections if section),

@@ -19,6 +19,16 @@ SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions"
 # What may differ between two runs of one experiment.
 INCIDENTAL_SECTIONS = {"hydra", "logger", "paths"}
 INCIDENTAL_NAMES = {"dir", "run_dir", "output_dir", "save_dir", "dirpath", "default_root_dir", "data_root", "overwrite", "keep_checkpoints"}
+# diagnostic -> the part of an iteration's record that holds it
+DIAGNOSTICS = {
+    "trivial_rate": "e_step",
+    "answer_first_rate": "e_step",
+    "hint_mention_rate": "e_step",
+    "distinct_rate": "e_step",
+    "faithful_rate": "e_step",
+    "kl_per_token": "validation",
+    "log_marginal": "validation",
+}
 SCHEME_ORDER = {"rs": 0, "star": 1, "pps": 2}
 
 
@@ -38,7 +48,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One EM iteration: acceptance and tokens of its E-step, seconds of E-step and M-step together, and the scores after it."""
+    """One EM iteration: acceptance and tokens of its E-step, seconds of E-step and M-step together, and the scores after it.
+
+    `diagnostics`: those of `DIAGNOSTICS` that were measured.
+    """
 
     index: int
     acceptance: float
@@ -49,6 +62,7 @@ class Iteration:
     errored: int
     validation: Score | None
     test: Score | None
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,6 +186,7 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
 def _iteration(row: dict[str, Any]) -> Iteration:
     e_step, m_step = row["e_step"], row.get("m_step") or {}
     questions = int(e_step.get("questions") or 0)
+    found = {key: _number((row.get(part) or {}).get(key)) for key, part in DIAGNOSTICS.items()}
     rate = _number(e_step.get("acceptance_rate"))
     return Iteration(
         index=int(row["iteration"]),
@@ -183,6 +198,7 @@ def _iteration(row: dict[str, Any]) -> Iteration:
         errored=int(e_step.get("errored") or 0),
         validation=_score(row.get("validation")),
         test=_score(row.get("test")),
+        diagnostics={key: value for key, value in found.items() if value is not None},
     )
 
 

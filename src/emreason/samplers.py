@@ -7,7 +7,8 @@
 `question` draws from π(z, y | x), `rationalization` from π(z, y | x, y*) by showing the gold answer as a hint. A question
 none of whose proposals is correct sits this iteration out.
 
-A scheme may also keep several rationales per question (`keep`) and say what each counts for (`weigh`): `weights.py`.
+A scheme may also keep several rationales per question (`keep`) and say what each counts for (`weigh`): `weights.py`. It may sample only
+some of the questions in an iteration (`choose`): `choice.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from emreason.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
 
 PROPOSALS = ("question", "rationalization")
-WEIGHTS = ("rationales", "questions", "importance", "resample")
+WEIGHTS = ("rationales", "questions", "importance", "resample", "rloo", "trice")
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Scheme:
         weigh: what the rationales kept of one question count for, see `weights.py`.
         reward: which completions are accepted: the dotted path of a function like those of `rewards.py`.
         truncate: importance weights are cut to this many times the question's mean weight (Ionides 2008: √K); None is off.
+        choose: which questions an iteration samples: `all`, or `adaptive`: `share` of them, see `choice.py`.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Scheme:
     weigh: str = "rationales"
     truncate: float | None = None
     reward: str = "emreason.rewards.correct"
+    choose: str = "all"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or self.budget < 1:
@@ -106,16 +110,42 @@ class Scheme:
                 f"sampler.weigh={self.weigh} needs all draws, from the whole distribution: set sampler.keep={len(self.tries)}, "
                 "sampler.top_p=1, sampler.distinct=false and a temperature above 0."
             )
+        n = len(self.tries)
+        if self.weigh == "rloo" and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
+            raise UserError(
+                "sampler.weigh=rloo compares all draws of the plain prompt: set sampler.proposals={question: K} with K of at least 2, "
+                "sampler.keep=K and sampler.distinct=false."
+            )
+        if self.weigh == "trice" and (self.tries != ("question", "rationalization") or self.keep < 2 or self.distinct):
+            raise UserError(
+                "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
+                "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
+            )
+        if self.choose not in ("all", "adaptive"):
+            raise UserError(f"sampler.choose={self.choose!r} is not known; use all or adaptive.")
+        if not 0 < self.share <= 1:
+            raise UserError(f"sampler.share={self.share}: the share of the questions that an iteration samples must lie in (0, 1].")
+        if self.choose == "adaptive" and self.weigh == "trice":
+            raise UserError("sampler.choose=adaptive does not go with sampler.weigh=trice, which begins with a draw of every question.")
 
     @property
     def tries(self) -> tuple[Proposal, ...]:
         """The proposal of attempt 1, 2, …"""
         return tuple(proposal for proposal, tries in self.proposals.items() for _ in range(tries))
 
+    def n_tries(self, iteration: int) -> int:
+        """How many of `tries` an iteration has: TRICE's hinted draw begins the chain and is never made again."""
+        return 1 if self.weigh == "trice" and iteration > 0 else len(self.tries)
+
     @property
     def weighs_by_importance(self) -> bool:
         """Whether the weights need a scoring pass."""
         return self.weigh in ("importance", "resample")
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether an E-step needs the attempts of earlier iterations."""
+        return self.weigh == "trice" or self.choose == "adaptive"
 
     @property
     def params(self) -> SamplingParams:
@@ -195,7 +225,9 @@ def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:
     last = max(attempts, key=lambda rationale: rationale.attempt)
     texts = [a.text for a in attempts if a.accepted]
     return (
-        len(set(texts) if scheme.distinct else texts) >= scheme.keep or last.finish_reason == "error" or last.attempt >= len(scheme.tries)
+        len(set(texts) if scheme.distinct else texts) >= scheme.keep
+        or last.finish_reason == "error"
+        or last.attempt >= scheme.n_tries(last.iteration)
     )
 
 
@@ -223,5 +255,8 @@ def judge(
 
 
 def training_ids(rationale: Rationale, eos_token_id: int) -> tuple[int, ...]:
-    """The supervised tokens: exactly those sampled, and EOS where the completion was ended at its answer line."""
-    return rationale.token_ids + ((eos_token_id,) if rationale.finish_reason == "answer" else ())
+    """The supervised tokens: exactly those sampled, and EOS where the completion was ended at its answer line.
+
+    Not where the weight is negative: that EOS was never sampled, and a model must not unlearn to end.
+    """
+    return rationale.token_ids + ((eos_token_id,) if rationale.finish_reason == "answer" and rationale.weight > 0 else ())

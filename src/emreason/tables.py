@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from emreason.comparison import SIGNIFICANT, Cell, Comparison
-from emreason.runs import Iteration, Run, Score
+from emreason.runs import DIAGNOSTICS, Iteration, Run, Score
 from emreason.types import plain
 
 DAGGER = "†"
@@ -143,6 +143,30 @@ RUN_COLUMNS = [
     "tokens generated",
     "time",
 ]
+
+
+def diagnostics_table(runs: Sequence[Run]) -> Table:
+    """One row per scheme: what its accepted rationales of the last iteration look like, and the model after it; means over finished runs.
+
+    Shares in %. No rows where no run has any of it.
+    """
+    groups: dict[tuple[str, str, str], list[Iteration]] = {}
+    for run in runs:
+        if run.problem is None and run.iterations and run.iterations[-1].diagnostics:
+            groups.setdefault((run.dataset, run.model, run.label), []).append(run.iterations[-1])
+    several = len({key[:2] for key in groups}) > 1
+    rows = []
+    for (dataset, model, label), last in groups.items():
+        row = [*((dataset, model) if several else ()), label, str(len(last))]
+        for key in DIAGNOSTICS:
+            values = [i.diagnostics[key] for i in last if key in i.diagnostics]
+            average = sum(values) / len(values) if values else None
+            row.append(percent(average) if key.endswith("_rate") or average is None else f"{average:.3f}".replace("-", "−"))
+        rows.append([Entry(text) for text in row])
+    names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "KL per token", "log π(y*|x)"]
+    columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
+    title = "Accepted rationales of the last iteration (%), and the model after it (nats)"
+    return Table(title, columns, rows, tuple(range(len(columns) - len(names) - 1, len(columns))))
 
 
 def halves(table: Table) -> list[Table]:

@@ -32,6 +32,7 @@ from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
 from emreason.module import EMModule
+from emreason.probes import Divergence
 from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, tokens_drawn, write_predictions
 from emreason.sweep import run_apart, several_ranks
 from emreason.types import UserError
@@ -152,7 +153,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         keep_below=iterations_done,
         max_epochs=_max_epochs(cfg, summary.values["iterations"][:iterations_done]),
         callbacks=[
-            EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed),
+            EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed, "faithfulness" in cfg.evaluation.diagnostics),
+            *([Divergence(cfg.evaluation.bound_questions, cfg.seed)] if "kl" in cfg.evaluation.diagnostics else []),
             Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
             Iterations(summary, folder, cfg.sampler.display, cfg.rationale_rows),
             best,

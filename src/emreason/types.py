@@ -98,8 +98,8 @@ class Engine(Protocol):
 class Rationale:
     """One attempt (ẑ, ŷ) at a question, accepted or not. `attempt` counts from 1; `logprob` in nats, temperature 1.
 
-    `weight`: what the M-step multiplies its log-likelihood by, 0 if it was accepted but not kept. `log_weight`: the logarithm of its
-    importance weight π(z, y*|x) / q(z, y*|x), not normalised, where the scheme weighs by importance.
+    `weight`: what the M-step multiplies its log-likelihood by; 0: it is not trained on; below 0: it is made less likely. `log_weight`: the
+    logarithm of its importance weight π(z, y*|x) / q(z, y*|x), not normalised, where the scheme weighs by importance.
     """
 
     question_id: str

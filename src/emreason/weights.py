@@ -1,4 +1,4 @@
-"""What the accepted rationales of a question count for in the M-step: `sampler.keep`, `distinct`, `weigh`, `truncate`."""
+"""What each attempt counts for in the M-step: `sampler.keep`, `distinct`, `weigh`, `truncate`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def score_weights(
     return [replace(a, log_weight=weights.get((a.question_id, a.attempt))) for a in attempts]
 
 
-def weigh(attempts: Sequence[Rationale], scheme: Scheme, *, seed: int, iteration: int) -> list[Rationale]:
-    """Give every attempt its `weight`; those the M-step does not use get 0.
+def weigh(
+    attempts: Sequence[Rationale], scheme: Scheme, *, seed: int, iteration: int, memory: Mapping[str, Rationale] | None = None
+) -> list[Rationale]:
+    """Give every attempt of all questions its `weight`; those the M-step does not use get 0.
 
     `scheme.weigh`, for the rationales kept of one question:
 
@@ -38,7 +40,20 @@ def weigh(attempts: Sequence[Rationale], scheme: Scheme, *, seed: int, iteration
     - `questions`: each counts 1/n.
     - `importance`: self-normalised importance weights w̃ₖ ∝ π(zₖ, y*|x) / q(zₖ, y*|x); the posterior as K → ∞ (Owen 2013, §9.2).
     - `resample`: one of them counts 1, drawn with probability w̃ₖ (sampling importance resampling, Rubin 1987).
+
+    And for all draws of one question, wrong ones included:
+
+    - `rloo`: (rₖ − mean of the other draws' r) / K (Kool et al. 2019; Ahmadian et al. 2024): draws of one plain prompt at temperature 1
+      make Σ wₖ ∇log π(zₖ, yₖ|x) an unbiased estimate of ∇E[r] = ∇π(y*|x), which is also RS-1's expected update.
+    - `trice`: see `_trice`.
+
+    Args:
+        memory: `trice`'s rationales before this iteration. Those it still has are appended to what is returned.
     """
+    if scheme.weigh == "rloo":
+        return _leave_one_out(attempts, scheme)
+    if scheme.weigh == "trice":
+        return _trice(attempts, memory or {}, iteration)
     groups: dict[str, list[Rationale]] = {}
     for attempt in sorted(attempts, key=lambda a: a.attempt):
         if attempt.accepted:
@@ -56,6 +71,55 @@ def weigh(attempts: Sequence[Rationale], scheme: Scheme, *, seed: int, iteration
             shares = [1 / len(kept) if scheme.weigh == "questions" else 1.0] * len(kept)
         weights |= {(question_id, a.attempt): share for a, share in zip(kept, shares, strict=True)}
     return [replace(a, weight=weights.get((a.question_id, a.attempt), 0.0)) for a in attempts]
+
+
+def _leave_one_out(attempts: Sequence[Rationale], scheme: Scheme) -> list[Rationale]:
+    groups: dict[str, list[Rationale]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.question_id, []).append(attempt)
+    k = len(scheme.tries)
+
+    def weight(attempt: Rationale) -> float:
+        group = groups[attempt.question_id]
+        if len(group) < k:  # a prompt that does not fit the context
+            return 0.0
+        others = sum(a.accepted for a in group) - attempt.accepted
+        return (attempt.accepted - others / (k - 1)) / k
+
+    return [replace(a, weight=weight(a)) for a in attempts]
+
+
+def remembered(attempts: Sequence[Rationale], memory: Mapping[str, Rationale]) -> dict[str, Rationale]:
+    """TRICE's persistent rationale of each question after an iteration's attempts, by question id.
+
+    One step of independence Metropolis-Hastings on the posterior π(z|x, y*): the proposal is π(z|x) and the likelihood is 0 or 1, so a draw
+    of the plain prompt is accepted if and only if its answer is correct; else the rationale stays (Phan et al. 2023, Algorithm 1). The
+    hinted draw of the first iteration begins the chain.
+    """
+    after = dict(memory)
+    for attempt in sorted(attempts, key=lambda a: a.proposal == "question"):  # the hinted one first
+        if attempt.accepted:
+            after[attempt.question_id] = attempt
+    return after
+
+
+def _trice(attempts: Sequence[Rationale], memory: Mapping[str, Rationale], iteration: int) -> list[Rationale]:
+    """TRICE's control-variate gradient (Phan et al. 2023, Algorithm 2): Σₘ ∇log π(z'ₘ) − βₘ ∇log π(z̃ₘ) over questions m with a rationale.
+
+    z'ₘ is the rationale after this iteration's draw z̃ₘ of the plain prompt. E ∇log π(z̃ₘ) = 0, so βₘ changes the variance alone as long as
+    it does not depend on z̃ₘ: it is the share of correct draws among the *other* questions with a rationale. Where z̃ₘ is correct, z'ₘ = z̃ₘ
+    counts 1 − βₘ; a wrong one counts −βₘ. The paper's minibatch is a whole iteration here, and `m_step.normalize` is what its mean is over.
+    """
+    after = remembered(attempts, memory)
+    drawn = [a for a in attempts if a.proposal == "question" and a.finish_reason != "error" and a.question_id in after]
+    correct = sum(a.accepted for a in drawn)
+    weights = {(r.question_id, r.iteration, r.attempt): 1.0 for r in after.values()}
+    for a in drawn:
+        beta = (correct - a.accepted) / (len(drawn) - 1) if len(drawn) > 1 else 0.0
+        key = (a.question_id, a.iteration, a.attempt)
+        weights[key] = weights.get(key, 0.0) - beta
+    everything = [*attempts, *(r for r in after.values() if r.iteration != iteration)]
+    return [replace(r, weight=weights.get((r.question_id, r.iteration, r.attempt), 0.0)) for r in everything]
 
 
 def normalized(accepted: Sequence[Rationale], scheme: Scheme) -> list[float]:
