@@ -38,7 +38,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
         tokens, seconds, drawn = run(prompts, samples, work["max_new_tokens"])
         rows.append({"work": shape, "tokens": tokens, "seconds": seconds})
         sequences = sequences or drawn
-    return {"rows": rows, "sequences": sequences}
+    return {"rows": rows, "sequences": sequences, "dtype": work["dtype"]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""E-step contender: transformers. `python sample_transformers.py WORK RESULT generate|generate_batch [rows]`."""
+"""E-step contender: transformers. `python sample_transformers.py WORK RESULT generate|generate_batch DTYPE [rows]`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def main(work: dict[str, Any], how: str, rows: int) -> dict[str, Any]:
+def main(work: dict[str, Any], how: str, dtype: str, rows: int) -> dict[str, Any]:
     """Sample every shape, `rows` sequences at a time; tokens after EOS do not count."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
-    attention = {"attn_implementation": "sdpa"} if how == "generate" else {"attn_implementation": "sdpa_paged"}
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"]), **attention).to(work["device"]).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        .to(work["device"])
+        .eval()
+    )
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
 
@@ -55,9 +58,9 @@ def main(work: dict[str, Any], how: str, rows: int) -> dict[str, Any]:
         start = time.perf_counter()
         tokens = run([p for p in prompts for _ in range(samples)], work["max_new_tokens"])
         results.append({"work": shape, "tokens": tokens, "seconds": time.perf_counter() - start})
-    return {"rows": results}
+    return {"rows": results, "dtype": dtype}
 
 
 if __name__ == "__main__":
-    result = main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 64)
+    result = main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], sys.argv[4], int(sys.argv[5]) if len(sys.argv) > 5 else 64)
     Path(sys.argv[2]).write_text(json.dumps(result))

@@ -29,7 +29,7 @@ def main(work: dict[str, Any], dtype: str) -> dict[str, Any]:
         start = time.perf_counter()
         tokens = run(prompts, samples, work["max_new_tokens"])
         rows.append({"work": shape, "tokens": tokens, "seconds": time.perf_counter() - start})
-    return {"rows": rows, "loading_seconds": loading}
+    return {"rows": rows, "loading_seconds": loading, "dtype": dtype}
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.fit(module, data)
     tokens = sum(map(len, examples))
-    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": clock.losses}]}
+    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": clock.losses}], "dtype": work["dtype"]}
 
 
 if __name__ == "__main__":
