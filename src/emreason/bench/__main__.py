@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from emreason.bench.contenders import Contender, chosen, run
 from emreason.bench.peak import matmul_peak
@@ -40,7 +39,8 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per contender")
     options = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, width=max(console.width, 150))  # the widest table
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     contenders = chosen(options.only)
@@ -51,9 +51,9 @@ def main() -> None:
     peak = matmul_peak(options.device)
     rows: list[dict[str, Any]] = []
     for number, contender in enumerate(contenders, 1):
-        console.print(f"\\[{number}/{len(contenders)}] {contender.phase}: {contender.name} {' '.join(contender.options)} …", end=" ")
+        console.print(f"[{number}/{len(contenders)}] {contender.phase}: {contender.name} …", end=" ")
         result = run(contender, out / "work.json", options.envs.resolve(), options.device, options.timeout)
-        console.print(escape(f"cannot run: {result['error']}" if "error" in result else f"{result['process_seconds']:.0f} s"))
+        console.print(f"cannot run: {result['error']}" if "error" in result else f"{result['process_seconds']:.0f} s")
         if result.get("sequences"):  # what ours sampled is what all train on
             work["sequences"] = result["sequences"][: work["steps"] * work["batch"]]
             (out / "work.json").write_text(json.dumps(work), encoding="utf-8")
@@ -70,7 +70,7 @@ def main() -> None:
     }
     write_json(out / "bench.json", bench)
     write_atomic(out / "table.md", markdown_of(bench))
-    console.print(f"\n{title(bench)}\n", markup=False)
+    console.print(f"\n{title(bench)}\n")
     for table in tables_of(bench):
         console.print(table, "\n")
     console.print(growth_line(bench["growth"]))

@@ -77,7 +77,7 @@ def chosen(only: list[str]) -> list[Contender]:
     """The contenders whose phase or name holds one of the texts, and ours wherever others need it: to compare with, or its sequences."""
     named = [c for c in CONTENDERS if not only or any(text in f"{c.phase}: {c.name}" for text in only)]
     phases = {c.phase for c in named}
-    needed = phases | ({"E-step"} if "M-step" in phases else set())
+    needed = phases | ({"E-step"} if phases & {"M-step", "growth"} else set())
     return [c for c in CONTENDERS if c in named or (c.name == OURS and c.phase in needed)]
 
 
@@ -152,7 +152,7 @@ def _run(command: list[str], timeout: float, **popen: Any) -> dict[str, Any]:
 
 
 def reason(said: str) -> str:
-    """The line of a log that says why: the last one that names an error (of the process itself, not that its child failed), else the last."""
+    """The line of a log that says why: the last that names an error (and not only that a child failed), else the last."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
     return next((line for line in reversed(named) if "CalledProcessError" not in line), (named or lines or [""])[-1])[-300:]

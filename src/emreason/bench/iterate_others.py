@@ -72,7 +72,7 @@ def with_vllm(path: str, dtype: str, max_new_tokens: int, device: str) -> tuple[
     engine = LLM(model=path, dtype=dtype, max_model_len=1024, enforce_eager=device == "cpu", max_num_seqs=64)
 
     def sample(prompts: Sequence[list[int]], temperature: float) -> list[list[int]]:
-        params = SamplingParams(temperature=temperature, top_k=0, top_p=1.0, max_tokens=max_new_tokens, seed=1)
+        params = SamplingParams(temperature=temperature, top_k=0, top_p=1.0, max_tokens=max_new_tokens)
         out = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return [list(request.outputs[0].token_ids) for request in out]
 

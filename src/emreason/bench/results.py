@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from emreason.bench.contenders import OURS, Contender
 
@@ -76,7 +77,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---- tables ------------------------------------------------------------------------------------------------------------------------------
 
 Cells = list[tuple[list[str], list[list[str]]]]
-"""Sections: a header, and lines of cells."""
+"""Sections: a header, and lines of cells; a contender that cannot run has two, its name and why."""
 
 
 def sections(bench: dict[str, Any]) -> Cells:
@@ -89,7 +90,7 @@ def sections(bench: dict[str, Any]) -> Cells:
         body = []
         for row in rows:
             if "error" in row:
-                body.append([row["contender"], f"cannot run: {row['error']}", *[""] * (len(columns) - 1)])
+                body.append([row["contender"], f"cannot run: {row['error']}"])
             else:
                 body.append([row["contender"], *(cell(row) for cell in columns.values())])
         found.append(([work, *columns], body))
@@ -143,17 +144,16 @@ def growth_line(found: dict[str, Any]) -> str:
 
 
 def tables_of(bench: dict[str, Any]) -> list[Table]:
-    """For a terminal."""
+    """For a terminal; why a contender cannot run stands below its table."""
     tables = []
     for header, body in sections(bench):
-        table = Table(title_justify="left", box=None, padding=(0, 1), header_style="bold")
+        failed = [line for line in body if len(line) < len(header)]
+        said = "\n".join(": ".join(line) for line in failed)
+        table = Table(box=None, padding=(0, 1), header_style="bold", caption=Text(said) if said else None, caption_justify="left")
         for i, column in enumerate(header):
             table.add_column(column, justify="left" if i == 0 or column in ("dtype", "same work", "note") else "right")
         for line in body:
-            failed = len(line) > 1 and line[1].startswith("cannot run")
-            table.add_row(*(line[:1] + ["–"] * (len(line) - 1) if failed else line))
-            if failed:
-                table.add_row(f"  [red]{line[1]}[/red]".replace("[/red]", "[/]"))
+            table.add_row(*map(Text, line if line not in failed else [line[0], *["–"] * (len(header) - 1)]))
         tables.append(table)
     return tables
 
@@ -163,7 +163,7 @@ def markdown_of(bench: dict[str, Any]) -> str:
     lines = [f"**{title(bench)}**", ""]
     for header, body in sections(bench):
         lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body]
+        lines += ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in line) + " |" for line in body]
         lines.append("")
     if said := growth_line(bench["growth"]):
         lines += [said, ""]

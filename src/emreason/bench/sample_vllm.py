@@ -18,7 +18,7 @@ def main(work: dict[str, Any], dtype: str) -> dict[str, Any]:
     loading = time.perf_counter() - start
 
     def run(prompts: list[list[int]], samples: int, max_new_tokens: int) -> int:
-        params = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, n=samples, seed=1)
+        params = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, n=samples)
         out = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return sum(len(completion.token_ids) for request in out for completion in request.outputs)
 

@@ -26,6 +26,9 @@ from emreason.types import Completion, Request, UserError
 SHARD_BYTES = 2**31
 """Weights written at once: what the copy of a big model adds to host memory."""
 
+PREFILL_TOKENS = 4096
+"""Prompt tokens of a step on a CPU, where prompts are not cut: at least a whole context."""
+
 
 class TakeWeights:
     """What vLLM's workers learn: to replace their weights in place. A mix-in of vLLM's own worker class."""
@@ -50,7 +53,7 @@ class VllmEngine:
         options: further arguments of `vllm.LLM`.
 
     Raises:
-        UserError: vLLM is not installed.
+        UserError: vLLM is not installed, or the model is quantised.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class VllmEngine:
         max_length: int | None = None,
         options: dict[str, Any] | None = None,
     ):
+        if any(not p.is_floating_point() or p.element_size() < 2 for p in model.parameters()):
+            # merged into 4 or 8 bits an adapter would lose its digits (trl#3466)
+            raise UserError("engine=vllm cannot take the weights of a quantised model; load it in bfloat16, or use engine=inprocess.")
         try:
             import vllm
         except ImportError as error:
@@ -74,7 +80,10 @@ class VllmEngine:
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         config = base_causal_lm(model).config
         self.context = max_length or int(getattr(config, "max_position_embeddings", None) or 2048)
-        self.options = {"gpu_memory_utilization": memory, "max_num_seqs": max_batch, **(options or {})}
+        self.options: dict[str, Any] = {"gpu_memory_utilization": memory, "max_num_seqs": max_batch}
+        if self.device_type == "cpu":  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
+            self.options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, max_batch, PREFILL_TOKENS)}
+        self.options |= options or {}
         self._llm: Any = None
         self._newline: dict[int, bool] = {}
 
