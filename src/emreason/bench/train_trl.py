@@ -41,6 +41,7 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
             "lr_scheduler_type": "constant",
             "train_sampling_strategy": "sequential",
             "max_length": None,
+            "completion_only_loss": True,  # otherwise the mask of tokenised data is ignored
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],

@@ -80,10 +80,7 @@ class VllmEngine:
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         config = base_causal_lm(model).config
         self.context = max_length or int(getattr(config, "max_position_embeddings", None) or 2048)
-        self.options: dict[str, Any] = {"gpu_memory_utilization": memory, "max_num_seqs": max_batch}
-        if self.device_type == "cpu":  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
-            self.options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, max_batch, PREFILL_TOKENS)}
-        self.options |= options or {}
+        self.options = {"gpu_memory_utilization": memory, "max_num_seqs": max_batch, **(options or {})}
         self._llm: Any = None
         self._newline: dict[int, bool] = {}
 
@@ -187,7 +184,12 @@ class VllmEngine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads and CUDA hangs
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            return self.vllm.LLM(
+            make = self.vllm.LLM
+            uncut: dict[str, Any] = {}
+            if self.device_type == "cpu":  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
+                most = max(self.context, self.max_batch, PREFILL_TOKENS)
+                uncut = {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
+            return make(
                 model=str(folder),
                 skip_tokenizer_init=True,
                 dtype=str(self.dtype).removeprefix("torch."),
@@ -195,7 +197,7 @@ class VllmEngine:
                 enable_sleep_mode=self.device_type == "cuda",
                 seed=0,
                 worker_extension_cls=f"{TakeWeights.__module__}.{TakeWeights.__name__}",
-                **self.options,
+                **(uncut | self.options),
             )
         finally:
             os.environ.update(hidden)
