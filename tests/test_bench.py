@@ -162,7 +162,9 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = result["rows"]
     assert [r["contender"] for r in rows if r["phase"] == "E-step"].count(OURS) == 2
-    assert any("generate" in r["contender"] for r in rows)
+    drawn = {r["contender"]: r["tokens"] for r in rows if r["work"] == "4 samples of 16 questions"}
+    assert len(drawn) > 1
+    assert len(set(drawn.values())) == 1  # all draw completions as long as ours
     assert all(r["tokens"] > 0 for r in rows if r["phase"] != "iteration")
     (m_step,) = [r for r in rows if r["phase"] == "M-step"]
     assert len(m_step["losses"]) == 4

@@ -54,8 +54,8 @@ def main() -> None:
         console.print(f"[{number}/{len(contenders)}] {contender.phase}: {contender.name} …", end=" ")
         result = run(contender, out / "work.json", options.envs.resolve(), options.device, options.timeout)
         console.print(f"cannot run: {result['error']}" if "error" in result else f"{result['process_seconds']:.0f} s")
-        if result.get("sequences"):  # what ours sampled is what all train on
-            work["sequences"] = result["sequences"][: work["steps"] * work["batch"]]
+        if result.get("sequences"):  # what ours sampled: all others draw as much, and train on it
+            work |= {"sequences": result["sequences"][: work["steps"] * work["batch"]], "lengths": result["lengths"]}
             (out / "work.json").write_text(json.dumps(work), encoding="utf-8")
         rows += rows_of(contender, result, works_of(contender, work))
     finish(rows, work["parameters"], max(peak.values()))
