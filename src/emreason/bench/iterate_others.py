@@ -25,6 +25,7 @@ Sample = Callable[[Sequence[list[int]], float], list[list[int]]]
 
 
 def answer(text: str) -> str | None:
+    """The number after the last `Answer:`."""
     found = re.findall(r"Answer:\s*(-?\d+)", text)
     return found[-1] if found else None
 
@@ -41,11 +42,13 @@ def star(questions: Sequence[dict[str, Any]], sample: Sample, temperature: float
 
 
 def accuracy(questions: Sequence[dict[str, Any]], sample: Sample, decode: Callable[[list[int]], Any]) -> float:
+    """Share of `questions` answered correctly: greedy, zero-shot."""
     drawn = sample([q["prompt"] for q in questions], 0.0)
     return sum(answer(decode(ids)) == q["answer"] for q, ids in zip(questions, drawn, strict=True)) / len(questions)
 
 
 def with_generate(model: Any, tokenizer: Any, max_new_tokens: int) -> Sample:
+    """Batches of ROWS prompts, padded on the left."""
     import torch
 
     eos = tokenizer.eos_token_id
@@ -58,7 +61,7 @@ def with_generate(model: Any, tokenizer: Any, max_new_tokens: int) -> Sample:
         for begin in range(0, len(prompts), ROWS):
             inputs = tokenizer.pad({"input_ids": prompts[begin : begin + ROWS]}, padding_side="left", return_tensors="pt").to(model.device)
             with torch.inference_mode():
-                out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=eos, **how)
+                out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
             for row in out[:, inputs["input_ids"].shape[1] :].tolist():
                 drawn.append(row[: row.index(eos) + 1] if eos in row else row)
         return drawn
@@ -67,6 +70,7 @@ def with_generate(model: Any, tokenizer: Any, max_new_tokens: int) -> Sample:
 
 
 def with_vllm(path: str, dtype: str, max_new_tokens: int, device: str) -> tuple[Sample, Any]:
+    """vLLM on the weights in `path`, and its tokenizer; on a CPU uncompiled, which is slower to decode but much faster to start."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=path, dtype=dtype, max_model_len=1024, enforce_eager=device == "cpu", max_num_seqs=64)
