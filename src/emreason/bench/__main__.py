@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per contender")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a contender is a process group of its own: it must be ended too
     console = Console(highlight=False, markup=False)
     console = Console(highlight=False, markup=False, width=max(console.width, 150))  # the widest table
     out = options.out.resolve()
