@@ -51,7 +51,7 @@ def main() -> None:
         parser.error(f"--only {' '.join(options.only)}: no contender has such a phase or name")
     start = time.perf_counter()
     work = make_work(out, options.model, options.device)
-    peak = matmul_peak(options.device)
+    about = {"device": options.device, "model": options.model, "dtype": work["dtype"], "peak_gflops": matmul_peak(options.device)}
     rows: list[dict[str, Any]] = []
     for number, contender in enumerate(contenders, 1):
         console.print(f"[{number}/{len(contenders)}] {contender.phase}: {contender.name} …", end=" ")
@@ -61,18 +61,10 @@ def main() -> None:
             work |= {"sequences": result["sequences"][: work["steps"] * work["batch"]], "lengths": result["lengths"]}
             (out / "work.json").write_text(json.dumps(work), encoding="utf-8")
         rows += rows_of(contender, result, works_of(contender, work))
-    finish(rows, work["parameters"], max(peak.values()))
-    bench = {
-        "device": options.device,
-        "model": options.model,
-        "dtype": work["dtype"],
-        "peak_gflops": peak,
-        "rows": rows,
-        "growth": growth(rows),
-        "seconds": time.perf_counter() - start,
-    }
-    write_json(out / "bench.json", bench)
-    write_atomic(out / "table.md", markdown_of(bench))
+        finish(rows, work["parameters"], max(about["peak_gflops"].values()))
+        bench = {**about, "rows": rows, "growth": growth(rows), "seconds": time.perf_counter() - start}
+        write_json(out / "bench.json", bench)  # after each: an interrupted benchmark keeps what it has measured
+        write_atomic(out / "table.md", markdown_of(bench))
     console.print(f"\n{title(bench)}\n")
     for table in tables_of(bench):
         console.print(table, "\n")

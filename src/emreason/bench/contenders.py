@@ -54,8 +54,9 @@ CONTENDERS = [
         for dtype, rows in (("bfloat16", 16), ("bfloat16", 32), ("bfloat16", 64), ("float32", 64))
     ),
     Contender("E-step", "transformers generate_batch", "sample_transformers.py", ("generate_batch", "bfloat16")),
-    Contender("E-step", "vLLM", "sample_vllm.py", ("bfloat16",), ("vllm",)),
-    Contender("E-step", "vLLM", "sample_vllm.py", ("float32",), ("vllm",)),
+    # compiled is the fastest that it can be; compiling takes a minute in bfloat16, several in float32
+    Contender("E-step", "vLLM, compiled", "sample_vllm.py", ("bfloat16",), ("vllm",)),
+    Contender("E-step", "vLLM, eager", "sample_vllm.py", ("float32", "eager"), ("vllm",)),
     Contender("M-step", OURS, "train_ours.py"),
     _trl("default"),
     _trl("no checkpointing", NO_CHECKPOINTING),

@@ -1,4 +1,4 @@
-"""E-step contender: vLLM, in an environment of its own. `python sample_vllm.py WORK RESULT DTYPE`."""
+"""E-step contender: vLLM, in an environment of its own. `python sample_vllm.py WORK RESULT DTYPE [eager]`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def main(work: dict[str, Any], dtype: str) -> dict[str, Any]:
+def main(work: dict[str, Any], dtype: str, eager: bool) -> dict[str, Any]:
     """Sample every shape, completions as long as ours were; vLLM shares what it can of a prompt's prefill among its samples."""
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
-    engine = LLM(model=work["model"], dtype=dtype, max_model_len=1024, max_num_seqs=64)  # compiled: slower to start, faster to decode
+    engine = LLM(model=work["model"], dtype=dtype, max_model_len=1024, max_num_seqs=64, enforce_eager=eager)
     loading = time.perf_counter() - start
 
     def run(prompts: list[list[int]], lengths: list[int]) -> int:
@@ -33,4 +33,4 @@ def main(work: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3])))
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], "eager" in sys.argv[4:])))
