@@ -123,7 +123,7 @@ def _columns(phase: str) -> dict[str, Any]:
     columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
     columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "GB": memory}
     if phase == "M-step":
-        columns |= {"|loss − ours|": _number("loss_difference", ".1e"), "same work": lambda row: row.get("same_work", "–"), "note": note}
+        columns |= {"loss off by": _number("loss_difference", ".1e"), "same work": lambda row: row.get("same_work", "–"), "note": note}
     return columns
 
 
