@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8
 """Optimizer steps of the M-step's work, and sequences per step."""
 
-ITERATION = "one EM iteration: STaR on 128 questions, M-step, 100 evaluated"
+ITERATION = "EM iteration (STaR, 128 + 100 questions)"
 
 GROWTH = {"terms": 4, "max_new_tokens": 24}
 """Of the E-steps that grow: four terms give 3,931 training questions, three only 432."""
