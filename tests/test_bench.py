@@ -172,7 +172,9 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     (iteration,) = [r for r in rows if r["phase"] == "iteration"]
     assert 0 < iteration["accepted"] <= 128
     assert 0 < iteration["overhead"] < 1
-    assert set(iteration["seconds_inside"]) == {"decoding", "forward", "backward", "optimizer"}
+    work = {"decoding", "forward", "backward", "optimizer"}
+    assert set(iteration["seconds_inside"]) == work | {"loading", "checkpoints", "export"}
+    assert all(iteration["seconds_inside"].values())
     assert [r["questions"] for r in rows if "questions" in r] == [64, 256]
     assert result["growth"]["exponent"] > 0.5
     assert "of limit" in (tmp_path / "table.md").read_text()

@@ -140,7 +140,7 @@ def _run(command: list[str], timeout: float, **popen: Any) -> dict[str, Any]:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if not pid and time.perf_counter() - start > timeout:
                 raise subprocess.TimeoutExpired(command, timeout)
-            time.sleep(0.0 if pid else 0.02)
+            time.sleep(0.0 if pid else 0.05)
         process.returncode = os.waitstatus_to_exitcode(status)
     finally:
         if process.returncode is None:
