@@ -16,7 +16,7 @@ from rich.console import Console
 from emreason import train
 from emreason.bench import __main__ as bench
 from emreason.bench import contenders, iterate_others, results
-from emreason.bench.contenders import OURS, Contender
+from emreason.bench.contenders import EXACT, OURS, Contender
 from emreason.bench.peak import matmul_peak
 from emreason.engines.inprocess import InProcessEngine
 
@@ -74,16 +74,19 @@ def row(contender, work="w", phase="M-step", **values):
 
 def test_ratios_shares_and_losses():
     rows = [
-        row("slow", tokens=100, seconds=4.0, losses=[1.0, 2.0005]),
-        row(OURS, tokens=100, seconds=2.0, losses=[1.0, 2.0]),
-        row("other losses", tokens=100, seconds=1.0, losses=[1.0, 2.1]),
-        row("fewer steps", tokens=100, seconds=1.0, losses=[1.0]),
+        row("slow", tokens=100, seconds=4.0, losses=[1.0, 2.0005], dtype="float32"),
+        row(OURS, tokens=100, seconds=2.0, losses=[1.01, 2.02], dtype="bfloat16"),
+        row(EXACT, tokens=100, seconds=2.0, losses=[1.0, 2.0], dtype="float32"),
+        row("float32 may not round", tokens=100, seconds=1.0, losses=[1.01, 2.02], dtype="float32"),
+        row("other losses", tokens=100, seconds=1.0, losses=[1.0, 2.1], dtype="bfloat16"),
+        row("fewer steps", tokens=100, seconds=1.0, losses=[1.0], dtype="float32"),
     ]
     results.finish(rows, parameters=10**6, peak=1.0)
-    assert [r["ours_is_faster_by"] for r in rows] == [2.0, 1.0, 0.5, 0.5]
+    assert [r["ours_is_faster_by"] for r in rows] == [2.0, 1.0, 1.0, 0.5, 0.5, 0.5]
     assert rows[1]["share_of_limit"] == pytest.approx(50 * 6e6 / 1e9)
-    assert [r["same_work"].split(":")[0] for r in rows] == ["yes", "yes", "no", "no"]
-    assert rows[2]["loss_difference"] == pytest.approx(0.1)
+    assert [r["same_work"] for r in rows[:3]] == ["yes", "yes, rounded", "yes"]
+    assert [r["same_work"].split(":")[0] for r in rows[3:]] == ["no", "no", "no"]
+    assert rows[4]["loss_difference"] == pytest.approx(0.1)
 
 
 def test_an_iteration_is_compared_by_the_time_of_its_whole_process():
@@ -117,7 +120,7 @@ def test_parts_of_the_benchmark_bring_ours_along():
     assert {(c.phase, c.name) for c in contenders.chosen(["growth"])} == {("growth", OURS), ("E-step", OURS)}
     some = contenders.chosen(["M-step: TRL, default"])
     assert {c.phase for c in some} == {"E-step", "M-step"}  # ours samples what is trained on
-    assert [c.name for c in some if c.name != OURS] == ["TRL, default"]
+    assert [c.name for c in some if c.name not in (OURS, EXACT)] == ["TRL, default"]
     assert contenders.chosen(["nobody"]) == []
 
 
@@ -166,9 +169,10 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert len(drawn) > 1
     assert len(set(drawn.values())) == 1  # all draw completions as long as ours
     assert all(r["tokens"] > 0 for r in rows if r["phase"] != "iteration")
-    (m_step,) = [r for r in rows if r["phase"] == "M-step"]
-    assert len(m_step["losses"]) == 4
-    assert m_step["losses"][0] > 0
+    trained = [r for r in rows if r["phase"] == "M-step"]
+    assert [len(r["losses"]) for r in trained] == [4, 4]
+    assert all(r["same_work"].startswith("yes") for r in trained)
+    assert trained[0]["losses"][0] > 0
     (iteration,) = [r for r in rows if r["phase"] == "iteration"]
     assert 0 < iteration["accepted"] <= 128
     assert 0 < iteration["overhead"] < 1

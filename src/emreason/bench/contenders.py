@@ -17,11 +17,12 @@ from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 OURS = "emreason"
+EXACT = "emreason, float32"
 
-NO_CHECKPOINTING = "gradient_checkpointing=False"
-FP32, BF16_WEIGHTS = "bf16=False", ("bf16=False", "dtype='bfloat16'")
-BEST_TRL = (NO_CHECKPOINTING, FP32)
-"""TRL's fastest settings that take the same optimizer steps with fp32 weights, of those in the table."""
+NO_CHECKPOINTING, PADDING_FREE = "gradient_checkpointing=False", "padding_free=True"
+BF16_WEIGHTS = ("bf16=False", "dtype='bfloat16'")
+BEST_TRL = (NO_CHECKPOINTING, PADDING_FREE)
+"""TRL's fastest settings with fp32 weights, of those in the table."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ CONTENDERS = [
     Contender("E-step", "vLLM, compiled", "sample_vllm.py", ("bfloat16",), ("vllm",)),
     Contender("E-step", "vLLM, eager", "sample_vllm.py", ("float32", "eager"), ("vllm",)),
     Contender("M-step", OURS, "train_ours.py"),
+    Contender("M-step", EXACT, "train_ours.py", ("float32",), note="what all losses are compared with"),
     _trl("default"),
     _trl("no checkpointing", NO_CHECKPOINTING),
-    _trl("no checkpointing, fp32", NO_CHECKPOINTING, FP32),
-    _trl("no checkpointing, fp32, padding-free", NO_CHECKPOINTING, FP32, "padding_free=True"),
-    _trl("no checkpointing, padding-free", NO_CHECKPOINTING, "padding_free=True"),
+    _trl("no checkpointing, fp32", NO_CHECKPOINTING, "bf16=False"),
+    _trl("no checkpointing, padding-free", NO_CHECKPOINTING, PADDING_FREE),
     _trl("no checkpointing, packing", NO_CHECKPOINTING, "packing=True", note="packing makes other optimizer steps"),
     _trl("no checkpointing, bf16 weights", NO_CHECKPOINTING, *BF16_WEIGHTS, note="no fp32 weights: small updates are lost"),
+    _trl("the same, padding-free", NO_CHECKPOINTING, *BF16_WEIGHTS, PADDING_FREE, note="no fp32 weights: small updates are lost"),
     Contender("iteration", OURS, "iterate_ours.py"),
     Contender("iteration", "generate + TRL, defaults", "iterate_others.py", ("generate", "float32"), ("trl",)),
     Contender("iteration", "generate + TRL, best settings", "iterate_others.py", ("generate", "bfloat16", *BEST_TRL), ("trl",)),
@@ -79,7 +81,7 @@ def chosen(only: list[str]) -> list[Contender]:
     named = [c for c in CONTENDERS if not only or any(text in f"{c.phase}: {c.name}" for text in only)]
     phases = {c.phase for c in named}
     needed = phases | ({"E-step"} if phases & {"M-step", "growth"} else set())
-    return [c for c in CONTENDERS if c in named or (c.name == OURS and c.phase in needed)]
+    return [c for c in CONTENDERS if c in named or (c.name in (OURS, EXACT) and c.phase in needed)]
 
 
 def packages(env: str, device: str) -> tuple[list[str], list[str]]:
