@@ -108,6 +108,7 @@ def train(model: Any, tokenizer: Any, accepted: Sequence[Any], iteration: dict[s
             "num_train_epochs": 1,
             "learning_rate": iteration["lr"],
             "lr_scheduler_type": "constant",
+            "max_length": None,
             "completion_only_loss": True,  # otherwise the mask of tokenised data is ignored
             "save_strategy": "no",
             "report_to": [],
