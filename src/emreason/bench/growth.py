@@ -22,10 +22,10 @@ from emreason.samplers import sample
 
 
 def e_step(work: dict[str, Any], questions: int) -> dict[str, Any]:
-    """STaR on the first `questions` sums. 64 rows at most, so that all sizes fill the same batch."""
+    """RS-1 on the first `questions` sums. 64 rows at most, so that all sizes fill the same batch."""
     keep_freed_memory()
     terms, tokens = work["growth"]["terms"], work["growth"]["max_new_tokens"]
-    cfg = configured("sampler=star", "sampler.temperature=0.6", f"sampler.max_new_tokens={tokens}", f"dataset.load.terms={terms}")
+    cfg = configured("sampler=rs", "sampler.budget=1", f"sampler.max_new_tokens={tokens}", f"dataset.load.terms={terms}")
     dataset, scheme = hydra.utils.instantiate(cfg.dataset), hydra.utils.instantiate(cfg.sampler)
     dataset = dataclasses.replace(dataset, limit={"train": questions})
     model, tokenizer = load_pretrained(work["model"], dtype=getattr(torch, work["dtype"]))
