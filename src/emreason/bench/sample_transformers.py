@@ -1,4 +1,4 @@
-"""E-step contender: transformers. `python sample_transformers.py WORK RESULT generate|generate_batch [rows]`."""
+"""E-step contender: transformers. `python sample_transformers.py WORK RESULT generate|generate_batch DTYPE [rows]`."""
 
 from __future__ import annotations
 
@@ -12,52 +12,46 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def main(work: dict[str, Any], how: str, rows: int) -> dict[str, Any]:
-    """Sample every shape, `rows` sequences at a time; tokens after EOS do not count."""
+def main(work: dict[str, Any], how: str, dtype: str, rows: int) -> dict[str, Any]:
+    """Sample every shape, `rows` sequences at a time. `generate` draws completions as long as ours were, and its tokens beyond them do not
+    count; `generate_batch` draws lengths of its own.
+    """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
-    attention = {"attn_implementation": "sdpa"} if how == "generate" else {"attn_implementation": "sdpa_paged"}
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"]), **attention).to(work["device"]).eval()
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model = model.to(work["device"]).eval()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
 
-    def generate(prompts: list[list[int]], max_new_tokens: int) -> int:
-        tokens = 0
+    def generate(prompts: list[list[int]], lengths: list[int]) -> int:
+        model.generation_config.eos_token_id = None  # a chunk runs as long as its longest completion
         for begin in range(0, len(prompts), rows):
-            chunk = prompts[begin : begin + rows]
-            inputs = tokenizer.pad({"input_ids": chunk}, return_tensors="pt").to(work["device"])
+            inputs = tokenizer.pad({"input_ids": prompts[begin : begin + rows]}, return_tensors="pt").to(work["device"])
+            longest = max(lengths[begin : begin + rows])
             with torch.inference_mode():
                 out = model.generate(
-                    **inputs,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=0,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=pad,
-                    eos_token_id=eos,
+                    **inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=longest, pad_token_id=pad
                 )
-            for row in out[:, inputs["input_ids"].shape[1] :].tolist():
-                tokens += row.index(eos) + 1 if eos in row else len(row)
-        return tokens
+            assert out.shape[1] == inputs["input_ids"].shape[1] + longest
+        return sum(lengths)
 
-    def generate_batch(prompts: list[list[int]], max_new_tokens: int) -> int:
+    def generate_batch(prompts: list[list[int]], lengths: list[int]) -> int:  # noqa: ARG001
         config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos
+            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=work["max_new_tokens"], pad_token_id=pad, eos_token_id=eos
         )
         out = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
         return sum(len(o.generated_tokens) for o in out.values())
 
     run = generate if how == "generate" else generate_batch
-    run(work["shapes"]["1 sample of 64 questions"][0][:4], 8)  # warm up
+    run(work["shapes"]["1 sample of 64 questions"][0][:4], [8] * 4)  # warm up
     results = []
     for shape, (prompts, samples) in work["shapes"].items():
         start = time.perf_counter()
-        tokens = run([p for p in prompts for _ in range(samples)], work["max_new_tokens"])
+        tokens = run([p for p in prompts for _ in range(samples)], work["lengths"][shape])
         results.append({"work": shape, "tokens": tokens, "seconds": time.perf_counter() - start})
-    return {"rows": results}
+    return {"rows": results, "dtype": dtype}
 
 
 if __name__ == "__main__":
-    result = main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 64)
+    result = main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], sys.argv[4], int(sys.argv[5]) if len(sys.argv) > 5 else 64)
     Path(sys.argv[2]).write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""M-step contender: this project's module under Lightning. `python train_ours.py WORK RESULT`."""
+"""M-step contender: this project's module under Lightning. `python train_ours.py WORK RESULT [DTYPE]`."""
 
 from __future__ import annotations
 
@@ -58,8 +58,11 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.fit(module, data)
     tokens = sum(map(len, examples))
-    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": clock.losses}]}
+    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": clock.losses}], "dtype": work["dtype"]}
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
+    read = json.loads(Path(sys.argv[1]).read_text())
+    if len(sys.argv) > 3:
+        read["dtype"] = sys.argv[3]
+    Path(sys.argv[2]).write_text(json.dumps(main(read)))

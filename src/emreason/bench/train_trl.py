@@ -31,7 +31,7 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     data = Dataset.from_dict(
         {"input_ids": [p + c for p, c in sequences], "completion_mask": [[0] * len(p) + [1] * len(c) for p, c in sequences]}
     )
-    dtype = getattr(torch, options.pop("dtype", "float32"))
+    dtype = options.pop("dtype", "float32")
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "output_dir": folder,
@@ -41,21 +41,27 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
             "lr_scheduler_type": "constant",
             "train_sampling_strategy": "sequential",
             "max_length": None,
+            "completion_only_loss": True,  # otherwise the mask of tokenised data is ignored
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
             "use_cpu": work["device"] == "cpu",
         }
+        if options.get("packing"):  # rows that each hold about as much as an optimizer step of the others
+            total = sum(len(p) + len(c) for p, c in sequences)
+            steps = -(-len(sequences) // work["batch"])
+            settings |= {"per_device_train_batch_size": 1, "max_length": int(1.05 * total / steps) + 1}
         config = SFTConfig(**(settings | options))
         clock = Clock()
-        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(work["model"])
         trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(p) + len(c) for p, c in sequences)
-    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": losses}]}
+    shown = f"{dtype}, bf16 autocast" if config.bf16 else dtype
+    return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": losses}], "dtype": shown}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The work that every contender does: prompts to sample from, sequences to train on."""
+"""The work that every contender does: prompts to sample from, sequences to train on, a whole EM iteration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from emreason.experiment import CONF
 from emreason.model import choose_dtype, weights_fingerprint
@@ -18,14 +19,24 @@ MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8
 """Optimizer steps of the M-step's work, and sequences per step."""
 
+ITERATION = "EM iteration (STaR, 128 + 100 questions)"
+
+GROWTH = {"terms": 4, "max_new_tokens": 24}
+"""Of the E-steps that grow: four terms give 3,931 training questions, three only 432."""
+
+
+def configured(*overrides: str) -> DictConfig:
+    """The training config with `overrides`."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
 
 def make_work(folder: Path, model: str, device: str) -> dict[str, Any]:
     """Write `folder/work.json` and the model's weights as safetensors; contenders need nothing of emreason to read them.
 
     `shapes`: name -> (prompts as ids, samples per prompt). Two shapes of E-step: 64 ARC-Challenge questions × 1, and 16 × 4.
     """
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={model}", "dataset=arc_challenge", "dataset.limit.train=512"])
+    cfg = configured(f"model={model}", "dataset=arc_challenge", "dataset.limit.train=512")
     dataset = hydra.utils.instantiate(cfg.dataset)
     dtype = choose_dtype("auto", torch.device(device))
     weights, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=torch.float32)
@@ -46,6 +57,47 @@ def make_work(folder: Path, model: str, device: str) -> dict[str, Any]:
         "shapes": {"1 sample of 64 questions": [ids, 1], "4 samples of 16 questions": [ids[:16], 4]},
         "steps": STEPS,
         "batch": BATCH,
+        "iteration": iteration_work(str(path), tokenizer, device),
+        "growth": GROWTH,
     }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
     return work
+
+
+def iteration_work(model: str, tokenizer: Any, device: str) -> dict[str, Any]:
+    """One EM iteration of STaR on 128 sums of three digits, the demo's prompts: our overrides, and the same for scripts without emreason.
+
+    A question is {plain, hinted: prompts of the E-step with a worked example; prompt: the plain one, trained and evaluated; answer}.
+    """
+    overrides = [
+        "model=smollm2_135m_hub",
+        f"model.load.path='{model}'",
+        f"trainer.accelerator={'cpu' if device == 'cpu' else 'gpu'}",
+        "dataset=sums",
+        "dataset.prompt.instruction=''",
+        "dataset.limit={train: 128, validation: 100, test: 1}",  # the evaluation is validation's; `emreason` also wants a test
+        "sampler=star",
+        "sampler.temperature=0.6",
+        "sampler.max_new_tokens=40",
+        "sampler.worked_examples=1",
+        "m_step={batch_size: 8, warmup_steps: 0, normalize: tokens, on_zero_accepted: skip}",  # the mean over tokens, as TRL takes it
+        "optimizer.lr=1e-4",
+        "evaluation={baseline: [], forced: false, few_shot: 0}",
+        "trainer.max_epochs=1",
+        "keep_checkpoints=false",
+    ]
+    cfg = configured(*overrides)
+    dataset = hydra.utils.instantiate(cfg.dataset)
+    prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    train = [
+        {
+            "plain": list(prompts.ids(question, "question", 1)),
+            "hinted": list(prompts.ids(question, "rationalization", 1)),
+            "prompt": list(prompts.ids(question)),
+            "answer": question.answer,
+        }
+        for question in dataset.questions("train")
+    ]
+    validation = [{"prompt": list(prompts.ids(q)), "answer": q.answer} for q in dataset.questions("validation")]
+    settings = {"temperature": 0.6, "max_new_tokens": 40, "batch": 8, "lr": 1e-4}
+    return {"name": ITERATION, "overrides": overrides, "train": train, "validation": validation, **settings}

@@ -26,6 +26,9 @@ from emreason.types import Completion, Request, UserError
 SHARD_BYTES = 2**31
 """Weights written at once: what the copy of a big model adds to host memory."""
 
+PREFILL_TOKENS = 4096
+"""Prompt tokens of a step on a CPU, where prompts are not cut: at least a whole context."""
+
 
 class TakeWeights:
     """What vLLM's workers learn: to replace their weights in place. A mix-in of vLLM's own worker class."""
@@ -50,7 +53,7 @@ class VllmEngine:
         options: further arguments of `vllm.LLM`.
 
     Raises:
-        UserError: vLLM is not installed.
+        UserError: vLLM is not installed, or the model is quantised.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class VllmEngine:
         max_length: int | None = None,
         options: dict[str, Any] | None = None,
     ):
+        if any(not p.is_floating_point() or p.element_size() < 2 for p in model.parameters()):
+            # merged into 4 or 8 bits an adapter would lose its digits (trl#3466)
+            raise UserError("engine=vllm cannot take the weights of a quantised model; load it in bfloat16, or use engine=inprocess.")
         try:
             import vllm
         except ImportError as error:
@@ -178,7 +184,12 @@ class VllmEngine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads and CUDA hangs
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            return self.vllm.LLM(
+            make = self.vllm.LLM
+            uncut: dict[str, Any] = {}
+            if self.device_type == "cpu":  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
+                most = max(self.context, self.max_batch, PREFILL_TOKENS)
+                uncut = {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
+            return make(
                 model=str(folder),
                 skip_tokenizer_init=True,
                 dtype=str(self.dtype).removeprefix("torch."),
@@ -186,7 +197,7 @@ class VllmEngine:
                 enable_sleep_mode=self.device_type == "cuda",
                 seed=0,
                 worker_extension_cls=f"{TakeWeights.__module__}.{TakeWeights.__name__}",
-                **self.options,
+                **(uncut | self.options),
             )
         finally:
             os.environ.update(hidden)

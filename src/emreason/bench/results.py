@@ -1,0 +1,179 @@
+"""What contenders measured, as rows: ratios, shares of the machine's limit, growth; and as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from emreason.bench.contenders import EXACT, OURS, Contender
+
+SAME_LOSS, SAME_ROUNDED = 1e-3, 0.02
+"""Largest difference of a step's loss from ours in float32 that counts as the same work: absolute in float32, relative with bf16, whose
+rounding alone (in us and in TRL) is about a percent after the first updates.
+"""
+
+
+def rows_of(contender: Contender, result: dict[str, Any], works: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per piece of work, also of a contender that failed."""
+    about = {"phase": contender.phase, "contender": contender.name, **({"note": contender.note} if contender.note else {})}
+    if "error" in result:
+        return [{**about, "work": work, "error": result["error"]} for work in works]
+    more = {key: result[key] for key in ("dtype", "loading_seconds", "peak_memory_bytes") if key in result}
+    rows = []
+    for row in result["rows"]:
+        if contender.phase == "iteration":  # what a user waits for: the whole process
+            row = {**row, "seconds": result["process_seconds"]}
+            row["other_seconds"] = row["seconds"] - row["e_step_seconds"] - row["m_step_seconds"] - row["evaluation_seconds"]
+        rows.append({**about, **more, **row})
+    return rows
+
+
+def finish(rows: list[dict[str, Any]], parameters: int, peak: float) -> None:
+    """Add to each row of the E-step, M-step and iteration how much faster ours is; speeds with their share of the machine's limit (2 FLOP
+    per parameter and token sampled, 6 trained); and to the M-step's how far its losses are from ours in float32.
+    """
+    for row in rows:
+        if "error" not in row and row.get("tokens") and row["phase"] in ("E-step", "M-step"):
+            row["tokens_per_second"] = row["tokens"] / row["seconds"]
+            row["share_of_limit"] = row["tokens_per_second"] * (2 if row["phase"] == "E-step" else 6) * parameters / (peak * 1e9)
+    ours = {row["work"]: row for row in rows if row["contender"] == OURS and "error" not in row}
+    for row in rows:
+        mine = ours.get(row["work"])
+        if "error" in row or mine is None or row["phase"] == "growth":
+            continue
+        # the E-step's contenders draw what they draw: speeds are compared, not times
+        by = mine["tokens_per_second"] / row["tokens_per_second"] if "tokens_per_second" in row else row["seconds"] / mine["seconds"]
+        row["ours_is_faster_by"] = by
+    exact = next((row["losses"] for row in rows if row["contender"] == EXACT and "losses" in row), None)
+    for row in rows:
+        if "losses" in row and exact is not None:
+            row |= compared(row["losses"], exact, row["dtype"])
+
+
+def compared(losses: Sequence[float], exact: Sequence[float], dtype: str) -> dict[str, Any]:
+    """How far the losses of a contender's optimizer steps are from the `exact` ones, and whether that is the same work."""
+    if len(losses) != len(exact):
+        return {"loss_difference": None, "same_work": f"no: {len(losses)} optimizer steps"}
+    difference = max(abs(a - b) for a, b in zip(losses, exact, strict=True))
+    if dtype == "float32":
+        return {"loss_difference": difference, "same_work": "yes" if difference <= SAME_LOSS else "no: other losses"}
+    rounded = max(abs(a - b) / b for a, b in zip(losses, exact, strict=True))
+    return {"loss_difference": difference, "same_work": "yes, rounded" if rounded <= SAME_ROUNDED else "no: other losses"}
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the growth rows: the exponent of time against questions (least squares in logarithms), the largest over the smallest peak memory,
+    and the peak memory of full fine-tuning.
+    """
+    sampled = [row for row in rows if row["phase"] == "growth" and "error" not in row and "questions" in row]
+    trained = [row for row in rows if row["phase"] == "growth" and "error" not in row and "questions" not in row]
+    found: dict[str, Any] = {}
+    if len(sampled) > 1:
+        x, y = [math.log(row["questions"]) for row in sampled], [math.log(row["seconds"]) for row in sampled]
+        mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+        found["exponent"] = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        peaks = [row["peak_memory_bytes"] for row in sampled]
+        found["memory_ratio"] = max(peaks) / min(peaks)
+    if trained:
+        found["full_fine_tuning_peak_bytes"] = max(row["peak_memory_bytes"] for row in trained)
+    return found
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------------------------------
+
+Cells = list[tuple[list[str], list[list[str]]]]
+"""Sections: a header, and lines of cells; a contender that cannot run has two, its name and why."""
+
+
+def sections(bench: dict[str, Any]) -> Cells:
+    """The tables of a benchmark: a section per piece of work."""
+    found: Cells = []
+    works = dict.fromkeys((row["phase"], row["work"]) for row in bench["rows"])
+    for phase, work in works:
+        rows = [row for row in bench["rows"] if (row["phase"], row["work"]) == (phase, work)]
+        columns = _columns(phase)
+        body = []
+        for row in rows:
+            if "error" in row:
+                body.append([row["contender"], f"cannot run: {row['error']}"])
+            else:
+                body.append([row["contender"], *(cell(row) for cell in columns.values())])
+        found.append(([work, *columns], body))
+    return found
+
+
+def _number(key: str, form: str, scale: float = 1.0, unit: str = "") -> Any:
+    return lambda row: f"{row[key] / scale:{form}}{unit}" if row.get(key) is not None else "–"
+
+
+def _columns(phase: str) -> dict[str, Any]:
+    ours, seconds, memory = (
+        _number("ours_is_faster_by", ".2f", unit=" ×"),
+        _number("seconds", ".1f"),
+        _number("peak_memory_bytes", ".1f", 1e9),
+    )
+    dtype, note = (lambda row: row.get("dtype", "–")), (lambda row: row.get("note", ""))
+    if phase == "iteration":
+        parts = {name: _number(f"{name}_seconds", ".1f") for name in ("e_step", "m_step", "evaluation", "other")}
+        named = {
+            "E-step s": parts["e_step"],
+            "M-step s": parts["m_step"],
+            "evaluation s": parts["evaluation"],
+            "loading etc. s": parts["other"],
+        }
+        more = {"accepted": _number("accepted", ".0f"), "accuracy": _number("accuracy", ".0%"), "overhead": _number("overhead", ".1%")}
+        return {"seconds": seconds, "theirs / ours": ours, **named, **more, "GB": memory}
+    if phase == "growth":
+        return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}
+    columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
+    columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "GB": memory}
+    if phase == "M-step":
+        columns |= {"loss off by": _number("loss_difference", ".1e"), "same work": lambda row: row.get("same_work", "–"), "note": note}
+    return columns
+
+
+def title(bench: dict[str, Any]) -> str:
+    """What was measured where."""
+    peak = ", ".join(f"{name} {value:.0f}" for name, value in bench["peak_gflops"].items())
+    return f"emreason bench: {bench['model']} on {bench['device']} (matmul limit, GFLOP/s: {peak})"
+
+
+def growth_line(found: dict[str, Any]) -> str:
+    """The growth section as one sentence; empty if nothing was measured."""
+    said = []
+    if "exponent" in found:
+        said.append(f"E-step time grows with questions^{found['exponent']:.2f}, peak memory by {found['memory_ratio'] - 1:.0%}")
+    if "full_fine_tuning_peak_bytes" in found:
+        said.append(f"full fine-tuning takes {found['full_fine_tuning_peak_bytes'] / 1e9:.2f} GB")
+    return "; ".join(said) + "." if said else ""
+
+
+def tables_of(bench: dict[str, Any]) -> list[Table]:
+    """For a terminal; why a contender cannot run stands below its table."""
+    tables = []
+    for header, body in sections(bench):
+        failed = [line for line in body if len(line) < len(header)]
+        said = "\n".join(": ".join(line) for line in failed)
+        table = Table(box=None, padding=(0, 1), header_style="bold", caption=Text(said) if said else None, caption_justify="left")
+        for i, column in enumerate(header):
+            table.add_column(column, justify="left" if i == 0 or column in ("dtype", "same work", "note") else "right")
+        for line in body:
+            table.add_row(*map(Text, line if line not in failed else [line[0], *["–"] * (len(header) - 1)]))
+        tables.append(table)
+    return tables
+
+
+def markdown_of(bench: dict[str, Any]) -> str:
+    """For `table.md`."""
+    lines = [f"**{title(bench)}**", ""]
+    for header, body in sections(bench):
+        lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        lines += ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in line) + " |" for line in body]
+        lines.append("")
+    if said := growth_line(bench["growth"]):
+        lines += [said, ""]
+    return "\n".join(lines)
