@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
-from emreason.engines.inprocess import InProcessEngine, PrefixCache, counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.inprocess import InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
 from emreason.types import Completion, Request, SamplingParams
 

@@ -53,11 +53,12 @@ def library(dtype: torch.dtype) -> Any:
         # -fopenmp: its threads are torch's, whose libgomp is loaded already
         options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *(["-DBF16"] if dtype == torch.bfloat16 else [])]
         source = Path(__file__).with_name("kernels.c")
-        done = subprocess.run([compiler, *options, "-o", str(file), str(source), "-lm"], capture_output=True, text=True, check=False)
-        if done.returncode:
-            log.info("kernels.c does not compile here; decoding goes on without it: %s", done.stderr[:300])
+        try:
+            subprocess.run([compiler, *options, "-o", str(file), str(source), "-lm"], capture_output=True, text=True, check=True)
+            loaded = ctypes.CDLL(str(file))
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.info("kernels.c cannot be used here; decoding goes on without it: %s", getattr(error, "stderr", None) or error)
             return None
-        loaded = ctypes.CDLL(str(file))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
