@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emreason.engines.decoder import can_fuse
@@ -44,29 +44,30 @@ def packed_states(causal_lm: Any, input_ids: Tensor, completion_mask: Tensor, sh
             own.append((begin, begin + end - shared))
             begin += end - shared
     decoder = causal_lm.model
-    x = decoder.embed_tokens(torch.cat(ids))
+    embedded = decoder.embed_tokens(torch.cat(ids))
+    x, dtype = embedded.float(), embedded.dtype  # the residual stream stays float32, as under autocast: it sums up 60 contributions
     cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], torch.cat(positions)[None]))
     again = causal_lm.is_gradient_checkpointing and torch.is_grad_enabled()
     for layer in decoder.layers:
-        arguments = (layer, x, cos, sin, shared, own)
+        arguments = (layer, x, dtype, cos, sin, shared, own)
         x = checkpoint(_layer, *arguments, use_reentrant=False) if again else _layer(*arguments)
     picked = torch.cat([completion_mask[row, shared + 1 : end + 1] for row, end in enumerate(last) if end > shared])
-    return decoder.norm(x[shared:][picked])
+    return _norm(decoder.norm, x[shared:][picked], dtype)
 
 
-def _layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, shared: int, own: Sequence[tuple[int, int]]) -> Tensor:
-    """One transformer layer on x [tokens, hidden]."""
+def _layer(layer: Any, x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, shared: int, own: Sequence[tuple[int, int]]) -> Tensor:
+    """One transformer layer on x [tokens, hidden] float32; its products are of `dtype`."""
     attention, mlp = layer.self_attn, layer.mlp
-    h = _norm(layer.input_layernorm, x)
+    h = _norm(layer.input_layernorm, x, dtype)
     q, k, v = (p(h).view(len(x), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     attended = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, shared, own, attention.scaling)
-    x = x + attention.o_proj(attended)
-    h = _norm(layer.post_attention_layernorm, x)
+    x = x + attention.o_proj(attended.to(dtype))
+    h = _norm(layer.post_attention_layernorm, x, dtype)
     return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+def _norm(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.float(), norm.variance_epsilon).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,8 +77,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, shared: int, own: Sequence[tuple[int, int]], scale: float) -> Tensor:
-    """Causal attention [tokens, heads * D] of each sequence to the shared prefix and itself."""
-    dtype = q.dtype
+    """Causal attention [tokens, heads * D] float32 of each sequence to the shared prefix and itself."""
     # in float32: half the time of bfloat16 in the backward pass here. One split: a slice's gradient would be as large as all of q
     sizes = [shared, *(end - begin for begin, end in own)]
     q, k, v = (t.float().transpose(0, 1)[None] for t in (q, k, v))
@@ -91,4 +91,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, shared: int, own: Sequence[tuple[in
             keys, values = torch.cat((k0, keys), dim=2), torch.cat((v0, values), dim=2)
             mask = torch.ones(n, shared + n, dtype=torch.bool).tril(shared)
         parts.append(attention(query, keys, values, attn_mask=mask, is_causal=mask is None))
-    return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1).to(dtype)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1)
