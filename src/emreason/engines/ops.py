@@ -119,8 +119,8 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> list[tuple[slice, int, Tensor]]:
-        """Rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]; see `Kernels.plan`."""
+    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, list[tuple[slice, int, Tensor]]]:
+        """`at`, and rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]; see `Kernels.plan`."""
         rows, chunks = len(lengths), []
         size = ATTENTION_ROWS if at.device.type == "cpu" else rows
         positions = torch.arange(width, device=at.device)
@@ -128,13 +128,12 @@ class TorchOps:
             part = slice(begin, min(begin + size, rows))
             live = max(lengths[part]) + 1
             chunks.append((part, live, positions[:live] <= at[part, None, None, None]))
-        self._at = at
-        return chunks
+        return at, chunks
 
-    def attend(self, plan: Sequence[Any], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, plan: tuple[Tensor, Sequence[Any]], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `Kernels.attend`."""
         _, kv_heads, width, dim = keys.shape
-        rows, at = len(qkv), self._at
+        rows, (at, chunks) = len(qkv), plan
         heads = qkv.view(rows, -1, dim)
         qk = rotate(heads[:, : self.heads + kv_heads], cos[at, None], sin[at, None])
         slots = ((torch.arange(rows * kv_heads, device=at.device).view(rows, -1)) * width + at[:, None]).flatten()
@@ -143,7 +142,7 @@ class TorchOps:
         # the queries of a group meet their K and V together, which are never expanded: [rows, kv_heads, group, D]
         query = qk[:, : self.heads].reshape(rows, kv_heads, -1, dim)
         out = torch.empty_like(query)
-        for part, live, mask in plan:
+        for part, live, mask in chunks:
             out[part] = F.scaled_dot_product_attention(query[part], keys[part, :, :live], values[part, :, :live], mask, scale=self.scale)
         return out.view(rows, -1)
 
