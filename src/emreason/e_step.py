@@ -139,8 +139,7 @@ class EStep(Callback):
                 if rationale.accepted:
                     accepted.add(rationale.question_id)
                 done = is_settled(of_question[rationale.question_id], self.scheme)
-                settled += done
-                progress.update(int(done), rationale.n_tokens, f"accepted {len(accepted) / max(settled, 1):.0%}")
+                progress.update(int(done), rationale.n_tokens, f"accepted {len(accepted) / len(of_question):.0%}")
         return attempts
 
     @staticmethod

@@ -172,12 +172,6 @@ class Journal:
             if file != self.path(iteration):
                 file.unlink()
 
-    def forget_after(self, iteration: int) -> None:
-        """Remove attempts of iterations later than this one (left behind when a run is begun again from an earlier state)."""
-        for file in self.folder.glob("iteration=*"):
-            if int(file.name[len("iteration=") :].split(".")[0]) > iteration:
-                file.unlink()
-
 
 RATIONALE_FIELDS = [field.name for field in dataclasses.fields(Rationale)]
 

@@ -82,6 +82,7 @@ class EMModule(L.LightningModule):
         forced: also measure accuracy with a forced answer line.
         bound: K > 0: validation also estimates log π(y*|x) from K draws of each of the first `bound_questions` questions.
         seed: of those draws.
+        extendable: False: the checkpoint of the last iteration does without the optimizer, nobody will train on from it.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class EMModule(L.LightningModule):
         bound: int = 0,
         bound_questions: int = 32,
         seed: int = 1,
+        extendable: bool = True,
     ):
         if bound < 0 or bound_questions < 1:
             raise UserError(
@@ -113,7 +115,7 @@ class EMModule(L.LightningModule):
         self.m_step = m_step
         self.max_new_tokens = max_new_tokens
         self.forced = forced
-        self.bound, self.bound_questions, self.seed = bound, bound_questions, seed
+        self.bound, self.bound_questions, self.seed, self.extendable = bound, bound_questions, seed, extendable
         self.predictions: dict[str, list[Prediction]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.m_step_record: dict[str, Any] = {}
@@ -299,10 +301,27 @@ class EMModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        if self._masters and checkpoint.get("optimizer_states"):
+        if "optimizer_states" not in checkpoint:
+            return  # weights alone
+        # the optimizer is most of a checkpoint: not where nothing will read it
+        ended = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
+        if ended and not self.extendable:
+            checkpoint |= {"optimizer_states": [], "ended": True}
+            return
+        if self.m_step.optimizer == "reset":
+            checkpoint["optimizer_states"] = []
+        if self._masters:
             checkpoint["master_weights"] = [m.detach() for m in self._masters]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where training would go on without the optimizer's state."""
+        if checkpoint.get("ended"):
+            done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if self.trainer.max_epochs is None or self.trainer.max_epochs > done:
+                raise UserError(
+                    f"This run had come to its end after {done} iterations and, with keep_checkpoints=false, kept no optimizer to go on "
+                    f"with: finish it with trainer.max_epochs={done} and the token_budget it had, or begin again with overwrite=true."
+                )
         self._restored_masters = checkpoint.get("master_weights")
 
 

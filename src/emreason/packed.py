@@ -63,7 +63,21 @@ def _layer(layer: Any, x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, 
     attended = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, shared, own, attention.scaling)
     x = x + attention.o_proj(attended.to(dtype))
     h = _norm(layer.post_attention_layernorm, x, dtype)
-    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+    return x + mlp.down_proj(_SiluMul.apply(mlp.gate_proj(h), mlp.up_proj(h)))
+
+
+class _SiluMul(torch.autograd.Function):
+    """silu(gate) * up, which keeps no silu(gate) for the backward pass: a tenth of what a layer keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradients[0] * up, gate), F.silu(gate).mul_(gradients[0])
 
 
 def _norm(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -144,7 +144,7 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 1024, temperature: float = 1.0) -> Tensor:
+def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 256, temperature: float = 1.0) -> Tensor:
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
@@ -178,7 +178,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
 
     def logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head(states).float() / temperature, targets, reduction="none")
+        logits = head(states).float()
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
     if len(targets) <= chunk:
         return logprobs(states, targets)

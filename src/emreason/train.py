@@ -143,6 +143,7 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         bound=cfg.evaluation.bound,
         bound_questions=cfg.evaluation.bound_questions,
         seed=cfg.seed,
+        extendable=cfg.keep_checkpoints,
     )
     few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
     save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)

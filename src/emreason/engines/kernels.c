@@ -1,4 +1,4 @@
-/* What a decoding step does between its matrix products, each in one pass over memory. Compiled when first used (kernels.py), once for
+/* What a decoding step does between its matrix products, each in one pass over memory. Compiled when first used (ops.py), once for
  * float32 and once for bfloat16 (-DBF16); arithmetic is float32 in both. D is a head's width, a multiple of 16. */
 #include <math.h>
 #include <stdint.h>
