@@ -151,6 +151,14 @@ def test_the_command_writes_tables_figures_and_page(grid, capsys):
     assert str(out / "report.html") in capsys.readouterr().out
 
 
+def test_where_all_are_equal_none_is_the_best(tmp_path):
+    for sampler in NAMES:
+        write_run(tmp_path / sampler, sampler, test=score(0.0), baseline={"zero_shot": score(0.0)})
+    cells = compare(collect([tmp_path])).cells
+    assert len(cells) == len(NAMES) + 1
+    assert not any(cell.best or cell.p_vs_best for cell in cells)
+
+
 def test_mean_interval_bold_and_significance(grid):
     comparison = compare(collect([grid]))
     cells = {cell.scheme: cell for cell in comparison.cells}

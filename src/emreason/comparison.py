@@ -125,7 +125,10 @@ def _cells(group: Sequence[Run], counted: Sequence[Run], pairs: Sequence[Pair]) 
     schemes = [_cell(dataset, model, label, [r for r in inside if r.label == label], lambda run: run.test) for label in labels]
     cells = [cell for cell in baselines if cell.seeds] + schemes
     top = max((cell.accuracy for cell in cells if cell.accuracy is not None), default=None)
-    best = {cell.scheme for cell in cells if cell.accuracy is not None and cell.accuracy == top}
+    measured_cells = [cell for cell in cells if cell.accuracy is not None]
+    best = {cell.scheme for cell in measured_cells if cell.accuracy == top}
+    if len(best) == len(measured_cells) > 1:
+        best = set()  # where all are equal none is the best
     p_values = {frozenset((p.first, p.second)): p.p_holm for p in pairs if (p.dataset, p.model) == (dataset, model)}
 
     def against_best(scheme: str) -> float | None:

@@ -236,7 +236,8 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 ax.axhline(scale * level, **BASELINE)
             ax.set_title(_literal(title))
             if plot.share:
-                ax.set_ylim(min(0.0, -0.02 * ax.get_ylim()[1]), min(ax.get_ylim()[1], 103.0))
+                top = min(max(ax.get_ylim()[1], 10.0), 103.0)  # a line at zero is not stretched over the panel
+                ax.set_ylim(min(0.0, -0.02 * top), top)
             if "iteration" in plot.x_label:
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             elif "tokens" in plot.x_label:

@@ -62,8 +62,10 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     if shown:
         console.print(tables.rich_table(tables.paper_table(comparison)))
         console.print(Text(tables.caption(), style="dim"))
-    if (told := tables.diagnostics_table(shown)).rows:
-        console.print(tables.rich_table(told))
+    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
+        told = tables.diagnostics_table([run for run in shown if (run.dataset, run.model) == place])
+        if told.rows:
+            console.print(tables.rich_table(told))
     for note in comparison.notes:
         console.print(Text(plain(note), style="yellow"))
 

@@ -165,7 +165,8 @@ def diagnostics_table(runs: Sequence[Run]) -> Table:
         rows.append([Entry(text) for text in row])
     names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "KL per token", "log π(y*|x)"]
     columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
-    title = "Accepted rationales of the last iteration (%), and the model after it (nats)"
+    where = "" if several or not groups else ": {}, {}".format(*next(iter(groups)))
+    title = f"Accepted rationales of the last iteration (%), and the model after it (nats){where}"
     return Table(title, columns, rows, tuple(range(len(columns) - len(names) - 1, len(columns))))
 
 
