@@ -45,6 +45,30 @@ def test_jobs_in_processes_of_their_own_and_one_that_fails(tmp_path, launcher, p
 
 
 @pytest.mark.slow
+def test_the_jobs_of_a_parallel_sweep_end_with_it(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'emreason[joblib]'")
+    line = [*command("hydra/launcher=parallel", "seed=1,2"), "trainer.max_epochs=10000"]
+    process = subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folders = [tmp_path / f"outputs/sweep/sums/tiny_llama/rs-8/seed={seed}" for seed in (1, 2)]
+    deadline = time.monotonic() + 300
+    while not all((folder / "rationales/iteration=000.jsonl").exists() for folder in folders):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    jobs = [int((folder / ".lock").read_text()) for folder in folders]
+    process.kill()
+    process.wait()
+    while any(alive(job) for job in jobs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and ") Z " not in state.read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_job_of_a_parallel_sweep_goes_on_with_the_same_command(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'emreason[joblib]'")
     arguments = ["hydra/launcher=parallel", "seed=1,2"]

@@ -136,7 +136,8 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
 
     others = [name for name in curves if name not in USUAL and name != EXACT]
     colours: dict[str, tuple[str, str]] = USUAL | {EXACT: ("#000000", "*")}
-    colours |= {name: (SPARE[n % 2], MARKERS[n % len(MARKERS)]) for n, name in enumerate(others)}
+    spare = [colour for colour in SPARE if colour != colours[EXACT][0]]
+    colours |= {name: (spare[n % len(spare)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(others)}
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(7.6, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
@@ -153,6 +154,7 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
         for axes in (left, right):
             axes.set_xlabel("EM iteration")
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(7, len(labels)), frameon=False)
+        columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

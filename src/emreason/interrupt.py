@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and SLURM's warning signal end a command cleanly; a rank whose launcher died does not stay behind."""
+"""Ctrl-C, SIGTERM and SLURM's warning signal end a command cleanly; ranks and jobs whose launcher died do not stay behind."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+_commands: list[Stop] = []
+"""This process's, if it was started as a command and not by a sweep's launcher."""
 
 
 @dataclass
@@ -42,6 +46,7 @@ def stop_on_signals() -> Iterator[Stop]:
     In a SLURM job SIGUSR1 stops as well (`#SBATCH --signal=USR1@120`: two minutes before the time limit).
     """
     stop = Stop()
+    _commands.append(stop)
 
     def handle(number: int, frame: Any) -> None:  # noqa: ARG001
         stop.signal = signal.Signals(number)
@@ -51,7 +56,8 @@ def stop_on_signals() -> Iterator[Stop]:
 
     numbers = [*STOPPING, signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [*STOPPING]
     before = {number: signal.signal(number, handle) for number in numbers}
-    _leave_with_parent()
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        _watch_parent(f"Rank {_rank()}")
     try:
         yield stop
     finally:
@@ -74,19 +80,24 @@ def _requeue() -> None:
     print(f"SLURM job {job} was not requeued: {problem}" if problem else f"Requeued SLURM job {job}", file=sys.stderr)
 
 
-def _leave_with_parent() -> None:
-    """End this process within a second of its parent's death, if it is a rank that the parent launched.
+def leave_with_launcher() -> None:
+    """In a process that a sweep's launcher made for its jobs: end with it, else they would go on unseen and meet those of a new sweep."""
+    if not _commands:
+        _watch_parent("Job of a sweep")
+
+
+@functools.cache
+def _watch_parent(who: str) -> None:
+    """End this process within a second of its parent's death.
 
     A thread, because the main thread may be inside a collective that waits for the dead.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        return
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        print(f"Rank {_rank()}: the process that launched it is gone; the same command resumes the run.", file=sys.stderr, flush=True)
+        print(f"{who}: the process that launched it is gone; the same command resumes the run.", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -28,6 +28,7 @@ from emreason.dashboard import RUN_ID, Iterations, finish, wandb_runs
 from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
+from emreason.interrupt import leave_with_launcher
 from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
 from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
@@ -249,6 +250,8 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
     quiet()  # also where a launcher runs the job in a process of its own
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        leave_with_launcher()
     if sweep and several_ranks(cfg):
         return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))
     try:
