@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
 from collections import deque
 
-import psutil
 import pytest
 import torch
 from conftest import numbers
@@ -181,54 +175,3 @@ def test_a_completion_ends_at_its_answer_line(pair, monkeypatch):
     assert {c.finish_reason for c in done.values()} <= {"answer", "stop"}
     assert all(len(c.token_ids) <= 3 for c in done.values())
     assert set(ids(draw(theirs, tokenizer))) == set(done)  # nothing of the ended requests is left behind
-
-
-TINY = [
-    "experiment=smoke", "engine=vllm", "engine.dtype=float32", "+model.load.hidden_size=128", "engine.max_batch=8", "engine.max_length=256",
-    "engine.options={enforce_eager: true, block_size: 32}", "m_step.on_zero_accepted=skip", "trainer.max_epochs=2",
-    "dataset.limit={train: 8, validation: 4, test: 4}", "evaluation.baseline=[]",
-]  # fmt: skip
-
-
-def runs(folder, *overrides):
-    """The command in a process of its own; the journals and statuses of the run folders it leaves."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "emreason.train", *overrides, *TINY],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = {}
-    for path in sorted(folder.glob("outputs/**/summary.json")):
-        lines = [json.loads(line) for file in sorted(path.parent.glob("rationales/*.jsonl")) for line in file.open()]
-        drawn = sorted((r["iteration"], r["question_id"], r["attempt"], r["text"]) for r in lines)
-        found[path.parent.name] = (json.loads(path.read_text())["status"], drawn)
-    assert found, done.stderr
-    return found
-
-
-def left_behind(folder):
-    """Processes that still work in `folder`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            found += [process] if process.cwd().startswith(str(folder)) else []
-    return found
-
-
-def test_the_jobs_of_a_sweep_and_the_ranks_of_a_run_have_a_vllm_each(tmp_path):
-    """One after another in one process, and two at once; all draw what one job alone draws, and none is left behind."""
-    folders = [tmp_path / name for name in ("alone", "sweep", "ranks")]
-    for folder in folders:
-        folder.mkdir()
-    alone = runs(folders[0], "seed=2")
-    sweep = runs(folders[1], "-m", "seed=1,2")
-    ranks = runs(folders[2], "seed=2", "trainer.devices=2", "trainer.strategy=ddp")
-    assert [status for status, _ in [*alone.values(), *sweep.values(), *ranks.values()]] == ["finished"] * 4
-    assert sweep["seed=2"] == alone["seed=2"] != sweep["seed=1"]
-    first = [r for r in alone["seed=2"][1] if r[0] == 0]
-    assert [r for r in ranks["seed=2"][1] if r[0] == 0] == first  # later on, gradients are summed in another order
-    assert not left_behind(tmp_path)
