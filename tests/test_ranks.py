@@ -90,7 +90,8 @@ def test_a_rank_that_dies_takes_the_other_down_and_the_run_resumes(tmp_path):
     main.send_signal(signal.SIGKILL)
     main.wait()
     other.wait(timeout=60)  # raises if it outlives the first rank by a minute
-    assert "the process that launched it is gone; the same command resumes the run" in (main.stderr.read() if main.stderr else "")
+    # told by its watcher, or by the collective that it was in, whichever is first
+    assert "same command resumes the run" in (main.stderr.read() if main.stderr else "")
 
     one = ["trainer.max_epochs=1", "evaluation.baseline=[]", "sampler.budget=40"]
     smoke(folder, *one)  # on one rank: what two had sampled is used
