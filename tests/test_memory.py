@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections import deque
 
@@ -78,3 +79,27 @@ def test_out_of_memory_in_the_m_step_names_the_settings(monkeypatch, tmp_path, c
     assert "Traceback" not in error
     for word in ("Out of memory", "m_step.tokens_per_batch", "m_step.gradient_checkpointing=true", "peft=lora"):
         assert word in error
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_large_blocks_are_given_back_in_the_m_step_alone() -> None:
+    script = """
+import psutil, torch
+from emreason.memory import LARGE, keep_freed_memory, map_large_blocks
+
+def kept(size):
+    before = psutil.Process().memory_info().rss
+    block = torch.ones(size // 4)
+    above = torch.ones(1024)  # what is free below it stays in the heap
+    del block
+    return (psutil.Process().memory_info().rss - before) / size > 0.9, above
+
+keep_freed_memory()
+map_large_blocks()
+m_step, a = kept(4 * LARGE)
+keep_freed_memory()
+e_step, b = kept(4 * LARGE)
+print(m_step, e_step)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False", "True"]

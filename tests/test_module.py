@@ -14,8 +14,9 @@ from emreason import scoring
 from emreason.datamodule import Example, RationaleDataModule, Step, collate, make_steps
 from emreason.e_step import EStep
 from emreason.journal import Journal
+from emreason.masters import master_weights
 from emreason.model import add_lora
-from emreason.module import EMModule, MStep, master_weights
+from emreason.module import EMModule, MStep
 from emreason.prompts import Prompts
 from emreason.samplers import training_ids
 from emreason.scoring import token_logprobs

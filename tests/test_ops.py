@@ -86,9 +86,9 @@ def test_without_a_compiler_the_same_is_drawn(monkeypatch, compiler):
 
     expected = outcome()
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
-    ops.library.cache_clear()
+    ops.compile_ahead.cache_clear()
     try:
         assert outcome() == expected
         assert ops.library(torch.float32) is None
     finally:
-        ops.library.cache_clear()
+        ops.compile_ahead.cache_clear()

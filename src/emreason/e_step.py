@@ -18,7 +18,7 @@ from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
 from emreason.diagnostics import describe
 from emreason.journal import Journal
 from emreason.likelihood import completion_logprobs
-from emreason.memory import release_memory
+from emreason.memory import keep_freed_memory, map_large_blocks, release_memory
 from emreason.model import weights_fingerprint
 from emreason.module import EMModule
 from emreason.probes import faithful
@@ -112,6 +112,7 @@ class EStep(Callback):
             agree = module.gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
             self.record["faithful_rate"] = mean(agree)
         release_memory()  # the engine's cache, before the M-step's activations
+        map_large_blocks()
         return self._make_steps(trainer, module, iteration, weighed, len(questions))
 
     def _sample(
@@ -200,8 +201,12 @@ class EStep(Callback):
         values = {f"e_step/{k}": float(v) for k, v in self.record.items() if isinstance(v, (int, float)) and k != "iteration"}
         pl_module.log_dict({**values, "iteration": float(trainer.current_epoch)})
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         release_memory()  # the M-step's activations, before the engine takes its cache
+        keep_freed_memory()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        release_memory()  # the engine's cache
 
 
 def e_step_record(

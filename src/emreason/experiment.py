@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from emreason.checks import check_arguments, quoted
 from emreason.datasets import Dataset
+from emreason.engines.ops import compile_ahead
 from emreason.interrupt import stop_on_signals
-from emreason.memory import keep_freed_memory, out_of_memory_told
+from emreason.memory import keep_freed_memory, out_of_memory_told, spare_imports
 from emreason.model import choose_dtype
 from emreason.prompts import Prompts
 from emreason.types import Engine, UserError, plain
@@ -75,6 +76,7 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
         UserError: data or model cannot be loaded.
     """
     keep_freed_memory()
+    spare_imports()
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     for split in ("train", "validation", "test"):
         dataset.questions(split)
@@ -84,6 +86,8 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
         wanted = "float32"  # ranks that measured for themselves could disagree
     chosen = choose_dtype(wanted, device)
+    if device.type == "cpu":
+        compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
     model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
     if "add" in cfg.peft:

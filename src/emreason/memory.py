@@ -12,7 +12,10 @@ import torch
 
 from emreason.types import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+LARGE = 2**23
+"""Bytes from which the M-step's tensors are mapped: its logits, the gradients of the embedding."""
 
 
 def keep_freed_memory() -> None:
@@ -21,17 +24,30 @@ def keep_freed_memory() -> None:
     By default every tensor above a few MB is mapped, zeroed by the kernel page by page, and unmapped when freed; in training that costs a
     quarter of the time on a CPU. Without effect on other C libraries.
     """
-    libc = _glibc()
-    if libc is not None:
+    if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def map_large_blocks() -> None:
+    """The same for all but the few tensors of `LARGE` bytes or more, until `keep_freed_memory`: the holes that those leave behind are what
+    an M-step's memory peaks with (4.04 against 3.90 GB of SmolLM2-135M, at the same speed), while an E-step takes a few in every token.
+    """
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_MMAP_MAX, 2**16)
+
+
+def spare_imports() -> None:
+    """Take what exists now out of garbage collection, once per process: to visit half a million objects of imports takes .2 s."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def release_memory() -> None:
     """Return what is free to the system (and cached GPU memory to the driver)."""
     gc.collect()
-    libc = _glibc()
-    if libc is not None:
+    if libc := _glibc():
         libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

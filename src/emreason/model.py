@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -181,14 +181,11 @@ def base_causal_lm(model: nn.Module) -> Any:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter, exact and independent of device: integer sums of the bits, two per tensor."""
-    digest = hashlib.blake2b(digest_size=8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32).flatten()
-            positions = torch.arange(bits.numel(), device=bits.device, dtype=torch.int32).remainder_(8191)
-            sums = [int(bits.sum(dtype=torch.int64)), int((bits * positions).sum(dtype=torch.int64))]
-            digest.update(json.dumps([name, *sums]).encode())
+    """A hash of every parameter's name and bytes, the same on every device."""
+    digest = xxhash.xxh3_64()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emreason.datamodule import Normalize, Step
 from emreason.likelihood import completion_logprobs, marginal_bounds, summarize
+from emreason.masters import master_weights
 from emreason.progress import bar
 from emreason.prompts import Prompts
 from emreason.scoring import Prediction, Stopwatch, predict, score, token_logprobs
@@ -194,9 +195,12 @@ class EMModule(L.LightningModule):
         if not self._any_rank(bool(step.batches)):
             return  # an iteration skipped for want of accepted rationales
         self._reduce_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.m_step.max_grad_norm or float("inf"))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise _not_finite("gradient", batch_idx, [b.question_ids for b in step.batches])
+        if self.m_step.max_grad_norm is not None and norm > self.m_step.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.m_step.max_grad_norm, norm)
         schedule: Any = self.lr_schedulers()
         left = 1 - batch_idx / float(self.trainer.num_training_batches) if self.m_step.decay else 1.0
         for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
@@ -323,30 +327,6 @@ class EMModule(L.LightningModule):
                     f"with: finish it with trainer.max_epochs={done} and the token_budget it had, or begin again with overwrite=true."
                 )
         self._restored_masters = checkpoint.get("master_weights")
-
-
-def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor] | None = None) -> list[nn.Parameter]:
-    """fp32 twins of low-precision parameters, for an optimizer to work on.
-
-    Gradients move to the twins as they arrive (so they accumulate in fp32 and their low-precision copies are freed at once). Small updates
-    would vanish in bf16: below 2⁻⁸ of a weight they round to nothing.
-    """
-    sources = parameters if restored is None else restored
-    masters = [nn.Parameter(s.detach().to(device=p.device, dtype=torch.float32).clone()) for p, s in zip(parameters, sources, strict=True)]
-
-    def move(master: nn.Parameter) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
-            parameter.grad = None
-
-        return hook
-
-    for parameter, master in zip(parameters, masters, strict=True):
-        parameter.register_post_accumulate_grad_hook(move(master))
-    return masters
 
 
 def _not_finite(what: str, step: int, question_ids: Sequence[Sequence[str]]) -> UserError:

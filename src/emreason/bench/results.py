@@ -126,6 +126,7 @@ def _columns(phase: str) -> dict[str, Any]:
             "loading etc. s": parts["other"],
         }
         more = {"accepted": _number("accepted", ".0f"), "accuracy": _number("accuracy", ".0%"), "overhead": _number("overhead", ".1%")}
+        more["with start, end"] = _number("overhead_of_run", ".1%")
         return {"seconds": seconds, "theirs / ours": ours, **named, **more, "GB": memory}
     if phase == "growth":
         return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from emreason.datamodule import Example, RationaleDataModule, Step, bucket, collate
-from emreason.memory import keep_freed_memory
+from emreason.memory import keep_freed_memory, map_large_blocks
 from emreason.model import load_pretrained
 from emreason.module import EMModule, MStep
 
@@ -38,6 +38,7 @@ class Clock(L.Callback):
 def main(work: dict[str, Any]) -> dict[str, Any]:
     """Four optimizer steps on `work["sequences"]`, token-mean NLL of the completions, fused AdamW."""
     keep_freed_memory()
+    map_large_blocks()
     dtype = getattr(torch, work["dtype"])
     model, tokenizer = load_pretrained(work["model"], dtype=dtype)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0, fused=True)

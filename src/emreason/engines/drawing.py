@@ -32,13 +32,14 @@ def draw(logits: Tensor, uniforms: np.ndarray, params: Sequence[SamplingParams])
 
     Temperature 0 takes the first most probable token. Float32 logits are overwritten.
     """
-    weights = logits.float()
-    weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()  # exp(logit - max), in place
-    blocks = _blocks(weights)
-    log_total = blocks.sum(-1).sum(-1).log_()
-    shaped = weights
+    logits = logits.float()
+    logits = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    shaped = None
     if any(p.temperature not in (0, 1) for p in params):
-        shaped = weights ** torch.tensor([1 / (p.temperature or 1) for p in params], device=weights.device)[:, None]
+        shaped = (logits * torch.tensor([1 / (p.temperature or 1) for p in params], device=logits.device)[:, None]).exp_()
+    weights = logits.exp_()
+    log_total = _blocks(weights).sum(-1).sum(-1).log_()
+    shaped = weights if shaped is None else shaped
     nucleus = [i for i, p in enumerate(params) if p.top_p < 1 and p.temperature > 0]
     if nucleus:
         shaped = shaped.clone() if shaped is weights else shaped

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,24 @@ def make_ops(dtype: torch.dtype, device: torch.device, heads: int, head_dim: int
     return Kernels(functions, heads, head_dim, eps)
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> Any:
-    """`kernels.c` compiled for this processor and for tensors of `dtype`, or None where that cannot be had.
+_compiling = ThreadPoolExecutor(1)
 
-    It takes a second; nothing is kept on disk, where what one processor compiled could meet another.
+
+def library(dtype: torch.dtype) -> Any:
+    """`kernels.c` compiled for this processor and for tensors of `dtype`, or None where that cannot be had."""
+    return compile_ahead(dtype).result()
+
+
+@functools.cache
+def compile_ahead(dtype: torch.dtype) -> Future[Any]:
+    """Begin with the `library` of `dtype`, which takes a second.
+
+    Nothing is kept on disk, where what one processor compiled could meet another.
     """
+    return _compiling.submit(_compile, dtype)
+
+
+def _compile(dtype: torch.dtype) -> Any:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform != "linux" or dtype not in (torch.float32, torch.bfloat16):
         return None
