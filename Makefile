@@ -60,7 +60,7 @@ bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vL
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own
-	cd tests && VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind ../$(VLLM)/bin/python -m pytest vllm_engine.py
+	cd tests && VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind ../$(VLLM)/bin/python -m pytest vllm_engine.py vllm_runs.py
 
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
