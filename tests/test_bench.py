@@ -7,11 +7,16 @@ import runpy
 import subprocess
 import sys
 import time
+from collections import deque
 
 import hub
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
+from test_config import compose_config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from emreason import train
 from emreason.bench import __main__ as bench
@@ -19,6 +24,8 @@ from emreason.bench import contenders, iterate_others, results
 from emreason.bench.contenders import EXACT, OURS, Contender
 from emreason.bench.peak import matmul_peak
 from emreason.engines.inprocess import InProcessEngine
+from emreason.model import load_pretrained, weights_fingerprint
+from emreason.types import Request, SamplingParams
 
 
 def printed(tables):
@@ -183,3 +190,26 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert result["growth"]["exponent"] > 0.5
     assert "of limit" in (tmp_path / "table.md").read_text()
     assert patched == (train.build, InProcessEngine.generate, torch.Tensor.backward)  # the clock leaves nothing behind
+
+
+def test_the_random_model_has_the_shape_of_the_real_one():
+    shape = OmegaConf.to_container(compose_config("model=llama32_3b_random").model.load.shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    assert sum(p.numel() for p in model.parameters()) == 3_212_749_824  # Llama-3.2-3B's
+
+
+@pytest.mark.real
+def test_a_random_model_is_as_any_other(tmp_path):
+    small = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    cfg = compose_config("model=llama32_3b_random", *(f"model.load.shape.{key}={value}" for key, value in small.items()))
+    model, tokenizer = instantiate(cfg.model.load, _partial_=True)(dtype=torch.bfloat16)
+    again, _ = instantiate(cfg.model.load, _partial_=True)(dtype=torch.bfloat16)
+    assert weights_fingerprint(model) == weights_fingerprint(again)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    assert weights_fingerprint(loaded) == weights_fingerprint(model)
+    requests = deque([Request(0, tuple(tokenizer.encode("What is 3 + 5?")), SamplingParams(1.0, 1.0, 4), seed=0)])
+    assert len(next(iter(InProcessEngine(model, tokenizer).generate(requests))).token_ids) in range(1, 5)

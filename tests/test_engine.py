@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +27,7 @@ from transformers import (
 
 from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
-from emreason.engines.inprocess import InProcessEngine, PrefixCache
+from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
 from emreason.types import Completion, Request, SamplingParams
 
@@ -406,14 +408,26 @@ def test_diverged_weights_are_an_error() -> None:
 
 def test_kept_prefixes_are_bounded_and_the_oldest_go_first() -> None:
     cache = PrefixCache(capacity=50)
-    ids = [np.arange(100 * i, 100 * i + 20) for i in range(4)]
-    for i in (0, 1):
-        cache.add(ids[i], i)
-    assert cache.longest(np.append(ids[0], 7)) == (0, 20)
-    cache.add(ids[2], 2)
-    assert cache.size == 40
-    assert cache.longest(ids[1]) == (None, 0)
-    assert cache.longest(ids[0][:12]) == (0, 12)
+    ids = [np.arange(100 * i, 100 * i + 20) for i in range(3)]
+    assert [cache.place(ids[i]) for i in (0, 1)] == [0, 20]
+    assert cache.longest(np.append(ids[1], 7)) == (20, 20)
+    assert cache.place(ids[2]) == 0
+    assert cache.longest(ids[0]) == (0, 0)
+    assert cache.longest(ids[2][:12]) == (0, 12)
+    assert cache.longest(ids[1]) == (20, 20)
+
+
+@given(st.integers(10, 60), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=40))
+def test_what_a_kept_prefix_says_is_there_is_there(capacity: int, prompts: list[tuple[int, int]]) -> None:
+    cache, ring = PrefixCache(capacity), np.full(capacity, -1)
+    for kind, length in prompts:
+        ids = np.concatenate([np.full(min(length, 9), kind), np.arange(9, length) + 100 * length])  # kinds share 9 tokens at most
+        at, known = cache.longest(ids)
+        assert (ring[at : at + known] == ids[:known]).all()
+        if len(ids) <= capacity and known < len(ids):
+            at = cache.place(ids)
+            ring[at : at + len(ids)] = ids
+            assert cache.longest(ids)[1] == (len(ids) if len(ids) >= MIN_SHARED else 0)
 
 
 def test_uniforms() -> None:

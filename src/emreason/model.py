@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from emreason.types import UserError
 
@@ -92,6 +92,19 @@ def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float3
     if spec is None or spec.origin is None:
         raise UserError(f"The package {package!r} that carries {gguf_file} is not installed; run `make setup`, or choose another model=….")
     return load_pretrained(str(Path(spec.origin).parent), dtype=dtype, gguf_file=gguf_file)
+
+
+def load_random(package: str, gguf_file: str, shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A Llama of any `shape`, the arguments of `LlamaConfig`, with random weights and a package's tokenizer: to measure speed with.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    _, tokenizer = load_package(package, gguf_file)
+    config = LlamaConfig(**{"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id} | dict(shape), dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
 
 
 def load_gguf(path: str, dtype: torch.dtype = torch.float32) -> LoadedModel:

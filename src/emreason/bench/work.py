@@ -40,7 +40,7 @@ def make_work(folder: Path, model: str, device: str) -> dict[str, Any]:
     dataset = hydra.utils.instantiate(cfg.dataset)
     dtype = choose_dtype("auto", torch.device(device))
     weights, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=torch.float32)
-    path = folder / "model"
+    path = folder / f"model-{model}"
     if not (path / "config.json").exists():
         weights.save_pretrained(path)
         tokenizer.save_pretrained(path)

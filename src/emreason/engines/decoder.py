@@ -190,14 +190,20 @@ class FusedDecoder:
         for cache in (*self.keys, *self.values):
             cache[target, :, :length] = cache[source, :, :length]
 
-    def save(self, row: int, length: int) -> Tensor:
-        """A copy of the first `length` positions of `row`, for `load`."""
-        return torch.stack([cache[row, :, :length] for cache in (*self.keys, *self.values)])
+    def keep(self, positions: int) -> None:
+        """Room for `positions` positions to `save`; of one piece, for copies that come and go would leave holes in memory."""
+        shape = (2 * len(self.layers), self.kv_heads, positions, self.head_dim)
+        self.kept = torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def load(self, row: int, saved: Tensor, length: int) -> None:
-        """Put the first `length` positions of a `save`d copy into `row`."""
-        for cache, part in zip((*self.keys, *self.values), saved, strict=True):
-            cache[row, :, :length] = part[:, :length]
+    def save(self, row: int, length: int, at: int) -> None:
+        """Copy the first `length` positions of `row` to position `at` of what is kept."""
+        for cache, part in zip((*self.keys, *self.values), self.kept, strict=True):
+            part[:, at : at + length] = cache[row, :, :length]
+
+    def load(self, row: int, length: int, at: int) -> None:
+        """Put `length` kept positions from position `at` on into `row`."""
+        for cache, part in zip((*self.keys, *self.values), self.kept, strict=True):
+            cache[row, :, :length] = part[:, at : at + length]
 
 
 class ForwardDecoder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,6 +143,8 @@ class _Batch:
     def __init__(self, engine: InProcessEngine, decoder: Decoder):
         self.engine, self.decoder, self.stats = engine, decoder, engine.stats
         self.prefixes = PrefixCache(engine.prefix_tokens if isinstance(decoder, FusedDecoder) else 0)
+        if isinstance(decoder, FusedDecoder):
+            decoder.keep(engine.prefix_tokens)
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
 
@@ -187,20 +189,20 @@ class _Batch:
         waiting: list[int] = []
         for index in arrivals:
             ids = self.rows[index].ids
-            saved, known = self.prefixes.longest(ids)
+            at, known = self.prefixes.longest(ids)
             within = max((common_prefix(ids, self.rows[other].ids) for other, _, _ in jobs), default=0)
             if self.prefixes.capacity and within >= known + MIN_SHARED:
                 waiting.append(index)
                 continue
             if known and isinstance(self.decoder, FusedDecoder):
-                self.decoder.load(index, saved, known)
+                self.decoder.load(index, known, at)
             jobs.append((index, known, ids[known:].tolist()))
             self.stats.reused += known
             self.stats.prefilled += len(ids) - known
         self.decoder.prefill(jobs)
         for index, _, fresh in jobs:
             if fresh and (ids := self.rows[index].ids).size <= self.prefixes.capacity and isinstance(self.decoder, FusedDecoder):
-                self.prefixes.add(ids, self.decoder.save(index, len(ids)))
+                self.decoder.save(index, len(ids), self.prefixes.place(ids))
         return waiting
 
     def step(self) -> list[Completion]:
@@ -229,33 +231,27 @@ class _Batch:
 
 
 class PrefixCache:
-    """K/V of recent prompts, least recently used first, bounded in tokens."""
+    """Where the K/V of recent prompts lies in a ring of `capacity` positions, whose oldest give way to new ones."""
 
     def __init__(self, capacity: int):
-        self.capacity, self.size = capacity, 0
-        self.entries: OrderedDict[bytes, tuple[np.ndarray, Any]] = OrderedDict()
+        self.capacity, self.end = capacity, 0
+        self.entries: list[tuple[np.ndarray, int]] = []  # a prompt's ids, and its first position
 
-    def longest(self, ids: np.ndarray) -> tuple[Any, int]:
-        """The entry that shares the longest prefix with `ids`, and that length (0 and None below `MIN_SHARED`)."""
-        best, found, length = b"", None, MIN_SHARED - 1
-        for key, (other, saved) in self.entries.items():
-            if (shared := common_prefix(ids, other)) > length:
-                best, found, length = key, saved, shared
-        if found is None:
-            return None, 0
-        self.entries.move_to_end(best)
-        return found, length
+    def longest(self, ids: np.ndarray) -> tuple[int, int]:
+        """First position of the entry that shares the longest prefix with `ids`, and that length (0 below `MIN_SHARED`)."""
+        shared = [common_prefix(ids, other) for other, _ in self.entries]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        if best is None or shared[best] < MIN_SHARED:
+            return 0, 0
+        return self.entries[best][1], shared[best]
 
-    def add(self, ids: np.ndarray, saved: Any) -> None:
-        """Keep `saved`, the K/V of `ids` (no more of them than the capacity); the oldest entries make way."""
-        key = ids.tobytes()
-        if key in self.entries:
-            return
-        self.entries[key] = (ids, saved)
-        self.size += len(ids)
-        while self.size > self.capacity:
-            _, (old, _) = self.entries.popitem(last=False)
-            self.size -= len(old)
+    def place(self, ids: np.ndarray) -> int:
+        """The first of the positions that `ids`, no more than the capacity, take; what was there is forgotten."""
+        at = self.end if self.end + len(ids) <= self.capacity else 0
+        self.end = at + len(ids)
+        self.entries = [(other, begin) for other, begin in self.entries if begin >= self.end or begin + len(other) <= at]
+        self.entries.append((ids, at))
+        return at
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
