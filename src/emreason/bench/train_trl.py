@@ -19,10 +19,12 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
+        """Seconds after the first optimizer step: see `train_ours.Clock`."""
+
         start = seconds = 0.0
 
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.start = self.start or time.perf_counter()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.seconds = time.perf_counter() - self.start
@@ -59,7 +61,10 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = sum(len(p) + len(c) for p, c in sequences)
+    timed = sequences[work["batch"] :]
+    if options.get("packing"):  # steps of about the same length
+        timed = sequences[len(sequences) // len(losses) :]
+    tokens = sum(len(p) + len(c) for p, c in timed)
     shown = f"{dtype}, bf16 autocast" if config.bf16 else dtype
     return {"rows": [{"work": "M-step", "tokens": tokens, "seconds": clock.seconds, "losses": losses}], "dtype": shown}
 
