@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from emreason.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.statements import Statement, box_stands, stands, statements, withdrawn
 from emreason.thinking import said
-from emreason.typeset import normalise, undressed, unwrapped
 from emreason.types import Question, UserError
+from emreason.typeset import DEPTH, normalise, undressed, unwrapped
 
-__all__ = ["answer_line_complete", "answer_stop", "check", "correct", "extract", "gold_text", "normalise", "parse_number", "statement_start"]
+__all__ = [
+    "answer_line_complete",
+    "answer_stop",
+    "check",
+    "correct",
+    "extract",
+    "gold_text",
+    "normalise",
+    "parse_number",
+    "statement_start",
+]
 
 LINE = 1000
 """Characters of a line in which a letter or a number is looked for."""
@@ -47,7 +58,7 @@ def correct(answer: str | None, question: Question) -> bool:
     if question.kind == "choice":
         # two choices may read the same, and shown without letters nothing else tells them apart
         return answer in golds or (question.answer_as == "text" and _shown(question, answer) == _shown(question, question.answer))
-    return any(same_number(answer, gold) if question.kind == "number" else _plain(answer) == _plain(gold) for gold in golds)
+    return any(same_number(answer, gold) if question.kind == "number" else _same_string(answer, gold) for gold in golds)
 
 
 def gold_text(question: Question) -> str:
@@ -71,8 +82,7 @@ def answer_stop(question: Question, prompt_ids: Sequence[int], tokenizer: Any) -
 def statement_start(text: str) -> int | None:
     """Where the last statement of an answer begins in `text`: what comes before it is the rationale. None if there is none."""
     for statement in statements(text):
-        value = text[statement.begin : statement.end].strip()
-        if statement.form != "denial" and (statement.form != "heading" or _is_answer_heading(text, statement, value)):
+        if statement.form != "denial" and (statement.form != "heading" or _is_answer_heading(text, statement)):
             return statement.start
     return None
 
@@ -109,118 +119,131 @@ def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
 
 
 def _value(text: str, statement: Statement, question: Question) -> str | None:
-    value, form = text[statement.begin : statement.end], statement.form
-    if form == "box" and not (value.strip() and box_stands(undressed(text[statement.resume :][:LINE].split("\n", 1)[0]))):
-        return None
+    if statement.boxed:
+        after = text[statement.resume : statement.resume + LINE].split("\n", 1)[0]
+        if statement.begin == statement.end or not box_stands(undressed(after)):
+            return None
+    heading = statement.form == "heading"
     if question.kind == "text" or question.answer_as == "text":
-        if form == "heading" and not _is_answer_heading(text, statement, value.strip()):
+        if heading and not _is_answer_heading(text, statement):
             return None
         if question.kind == "choice":
-            return _choice(value, question)
-        if form in ("prose", "denial"):  # where a string ends within prose cannot be told
+            return _choice(_content(text, statement), question)
+        if statement.form in ("prose", "denial") and not statement.boxed:  # where a string ends within prose cannot be told
             return None
-        return _string(text, statement, question)
-    line = undressed(value[:LINE]).strip()
+        several = "\n" in question.answer and not statement.boxed
+        return unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
+    line = undressed(text[statement.begin : statement.end][:LINE]).strip()
     if "\n" in line:
         return None
-    if question.kind == "choice":
-        return _letter(line, question, strict=form == "heading")
+    return _letter(line, question, heading) if question.kind == "choice" else _number(line, heading)
+
+
+def _content(text: str, statement: Statement) -> str:
+    """What a statement says, without the emphasis that its cue has opened: "**Answer:** X", "**Answer: X**"."""
+    value = text[statement.begin : statement.end].strip()
+    opened = re.match(r"[\s>#-]{0,20}([*_`]{1,4})", text[statement.start : statement.begin])
+    if opened and not statement.boxed:
+        value = value.removeprefix(opened[1]).strip()
+        if value.count(opened[1]) == 1:
+            value = value.removesuffix(opened[1])
+    return value
+
+
+def _number(line: str, heading: bool) -> str | None:
     read = read_number(line)
-    if read is None or (form == "heading" and any(c.isalnum() for c in read[1])):
+    if read is None or (heading and any(c.isalnum() for c in read[1])):
         return None
-    number, rest = read
-    after = re.match(r"[\s*_`\"')\]$.,;:(]*", rest)
-    goes_on = after is not None and re.match(r"(?:and|or)\b|[-+−]?[$£€]?\.?[0-9]", rest[after.end() :])
-    return None if goes_on or not stands(rest) else number
+    goes_on = re.match(rf"[{_CLOSE}.,;:(]*(?:(?:and|or)\b|[-+−]?[$£€]?\.?[0-9])", read[1])
+    return None if goes_on or not stands(read[1]) else read[0]
 
 
-def _letter(line: str, question: Question, strict: bool = False) -> str | None:
-    match = _LETTER.match(line)
-    if match is None:
-        return None
-    letter, opened, closed = match["letter"].upper(), match["open"] + (match["inner"] or ""), match["close"]
-    rest = line[match.end() :]
-    if letter not in question.letters or any(opened.count(left) > line.count(right, match.end("letter")) for left, right in ("()", "[]")):
-        return None
-    if not any(c.isalnum() for c in rest):
-        return letter if stands(rest) else None
-    choices = [normalise(undressed(choice)) for choice in question.choices]
-    own = question.letters.index(letter)
-    told = rest.strip(CLOSING + ".,:;!-–—([") if rest.strip(CLOSING)[:1] in "(-–—" else rest.lstrip(CLOSING + ".,:;").rstrip(CLOSING)
-    said = {normalise(told), normalise(re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
-    if normalise(line) in choices:  # "A dog" may be a choice's text
-        return letter if choices[own] == normalise(line) else None
-    if choices[own] in said and (letter == match["letter"] or opened or rest[0] in ".:)") and (rest[0] in ".:),;" or not rest[0].isalnum()):
-        return letter
-    if strict or said & set(choices) or (match["letter"].islower() and not opened.strip(" \t")):
-        return None  # the letter of one choice with the text of another; "a dog"
-    another = rf"(?:and|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
-    if rest[:1] not in ".,;:!" and not rest[:1].isspace():
-        return None
-    return letter if not re.match(another, told) and stands(rest, separated=")" in closed or "]" in closed) else None
-
-
+_OPEN, _CLOSE = re.escape(OPENING), re.escape(CLOSING)
 _LETTER = re.compile(
-    rf"(?P<open>[{re.escape(OPENING)}]*)(?:(?:the\s{{1,2}})?(?:option|choice|letter)\s{{1,3}}(?P<inner>[{re.escape(OPENING)}]*))?"
+    rf"(?P<open>[{_OPEN}]*)(?:(?:the\s{{1,2}})?(?:option|choice|letter)\s{{1,3}}(?P<inner>[{_OPEN}]*))?"
     rf"(?P<letter>[A-Za-z])(?![^\W_]|['-]\w|\.\w)(?P<close>[{re.escape(CLOSING.strip())}]*)",
     re.IGNORECASE,
 )
+_LABEL = re.compile(rf"[{_CLOSE}]*[.,:;!]?[{_CLOSE}]*(?:[-–—]\s{{1,3}})?(?P<bracket>\()?")
+
+
+def _letter(line: str, question: Question, heading: bool) -> str | None:
+    match = _LETTER.match(line)
+    if match is None or match["letter"].upper() not in question.letters:
+        return None
+    letter, opened = match["letter"].upper(), match["open"] + (match["inner"] or "")
+    rest, set_off = line[match.end() :], bool(set(match["close"]) & set(")]"))
+    if any(opened.count(left) > line.count(right, match.end("letter")) for left, right in ("()", "[]")):
+        return None
+    if not any(c.isalnum() for c in rest):
+        return letter if stands(rest) else None
+    label = _LABEL.match(rest)
+    assert label is not None  # it matches nothing, too
+    told = rest[label.end() :].strip()
+    bare = told.rstrip(CLOSING)
+    said = {normalise(text) for text in (told, bare, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
+    choices = [normalise(undressed(choice)) for choice in question.choices]
+    own = choices[question.letters.index(letter)]
+    if normalise(line) in choices:  # "A dog" may be a choice's text
+        return letter if own == normalise(line) else None
+    small = match["letter"].islower() and not opened.strip()
+    if own in said and not (small and not set_off and rest[0] not in ".:"):
+        return letter
+    if heading or small or said & set(choices):
+        return None  # the letter of one choice with the text of another; "a dog"
+    another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
+    return letter if not re.match(another, told) and stands(rest, set_off) else None
 
 
 def _choice(value: str, question: Question) -> str | None:
     """The letter of the one choice whose text a statement says."""
     line = " ".join(value.split())
+    said = _plain(line)
     shown = {letter: _shown(question, letter) for letter in question.letters}
     plain = {letter: _plain(text) for letter, text in shown.items()}
-    line_plain = _plain(undressed_whole(line))
-    for same in (
-        [letter for letter, text in shown.items() if text == line.strip()],
-        [letter for letter, text in plain.items() if text == line_plain],
-        [letter for letter, text in plain.items() if _bare(text) == _bare(line_plain)],
-    ):
-        if same:
-            return same[0] if len({shown[letter] for letter in same}) == 1 else None
-    begun = [letter for letter, text in plain.items() if line_plain.startswith(text) and not line_plain[len(text)].isalnum()]
+    without = {letter: _ARTICLE.sub("", text) for letter, text in plain.items()}
+    for written, asked in ((shown, line), (plain, said), (without, _ARTICLE.sub("", said))):
+        if alike := [letter for letter, text in written.items() if text == asked]:
+            whole = len({shown[letter] for letter in alike}) == 1 and not _asked(line, shown[alike[0]])
+            return alike[0] if whole else None
+    begun = [letter for letter, text in plain.items() if said.startswith(text) and not said[len(text)].isalnum()]
     longest = max((len(plain[letter]) for letter in begun), default=0)
     begun = [letter for letter in begun if len(plain[letter]) == longest]
-    if len({shown[letter] for letter in begun}) != 1 or not stands(line_plain[longest:]):
-        return None
-    return begun[0]
+    alone = len({shown[letter] for letter in begun}) == 1
+    return begun[0] if alone and stands(said[longest:]) and not line.endswith("?") else None
 
 
-def undressed_whole(line: str) -> str:
-    """The line without wrappers, trailing marks of a sentence included."""
-    return unwrapped(line.strip().rstrip(".!").strip())
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"^(?:the|an?) ", "", text)
+_ARTICLE = re.compile(r"^(?:the|an?) ")
 
 
 def _shown(question: Question, letter: str) -> str:
     return " ".join(question.choices[question.letters.index(letter)].split())
 
 
-def _string(text: str, statement: Statement, question: Question) -> str | None:
-    several = "\n" in question.answer and statement.form in ("line", "heading")
-    value = text[statement.begin :] if several else text[statement.begin : statement.end]
-    opened = re.match(r"[\s>#-]{0,20}([*_`]{1,4})", text[statement.start : statement.begin])
-    if statement.form == "line" and opened:  # "**Answer:** X" and "**Answer: X**"
-        value = value.removeprefix(opened[1]).strip()
-        if value.count(opened[1]) == 1:
-            value = value.removesuffix(opened[1])
-    return unwrapped(value) or None
-
-
-def _is_answer_heading(text: str, statement: Statement, value: str) -> bool:
+def _is_answer_heading(text: str, statement: Statement) -> bool:
     """Whether `#### …` is an answer line and no heading: it says a number or a letter, or nothing follows it."""
-    return bool(value) and (not text[statement.resume :].strip() or bool(re.fullmatch(r"\W{0,4}(?:[A-Za-z]|[-+−]?[0-9][0-9.,/]{0,40})\W{0,4}", value)))
+    value = text[statement.begin : statement.end].strip()
+    short = re.fullmatch(r"\W{0,4}(?:[A-Za-z]|[-+−]?[0-9][0-9.,/]{0,40})\W{0,4}", value)
+    return bool(value) and (short is not None or not text[statement.resume :].strip())
+
+
+def _same_string(answer: str, gold: str) -> bool:
+    return _plain(answer) == _plain(gold) and not _asked(answer, gold)
+
+
+def _asked(answer: str, gold: str) -> bool:
+    """Whether an answer only asks: "Paris?"."""
+    return _unmarked(answer).endswith("?") and not _unmarked(gold).endswith("?")
+
+
+def _unmarked(text: str) -> str:
+    return unwrapped(text).rstrip("*_`\"')]$ ")
 
 
 def _plain(text: str) -> str:
     """A string without wrappers, case and closing marks, whichever of them is outside."""
-    while True:
-        inner = normalise(unwrapped(text))
-        if inner == text:
-            return text
-        text = inner
+    for _ in range(DEPTH):
+        text, before = normalise(unwrapped(text)), text
+        if text == before:
+            break
+    return text

@@ -94,6 +94,7 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
         model = hydra.utils.instantiate(cfg.peft.add)(model)
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    prompts.check()
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
 
 

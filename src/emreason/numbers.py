@@ -41,7 +41,7 @@ _NO_UNIT = frozenset(
     "jun jul aug sep sept oct nov dec ad bc bce ce".split()
 )
 _LETTERS = re.compile(r"(?<![0-9.])[A-Za-z]|(?<=[0-9.])(?![eE][-+]?[0-9])[A-Za-z]")
-CONJUNCTIONS = frozenset("because since as due given rather instead which where so for based not".split())
+CONJUNCTIONS = frozenset(["because", "since", "as", "due", "given", "rather", "instead", "which", "where", "so", "for", "based", "not"])
 
 
 def read_number(text: str) -> tuple[str, str] | None:

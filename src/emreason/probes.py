@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
-from emreason.answers import answer_line_complete, correct, extract
+from emreason.answers import answer_stop, correct, extract
 from emreason.likelihood import Scorer, completion_logprobs, cue_ids, rationale_ids
 from emreason.module import EMModule
 from emreason.prompts import Prompts
@@ -39,8 +39,9 @@ def faithful(
     queue: deque[Request] = deque()
     for i, r in enumerate(rationales):
         if r.answer is not None:
-            z = rationale_ids(r.token_ids, tokenizer)[0]
-            context = (*prompts.ids(questions[r.question_id]), *z, *cue_ids(z, tokenizer))
+            prompt_ids = prompts.ids(questions[r.question_id])
+            z = rationale_ids(r.token_ids, tokenizer, prompt_ids)[0]
+            context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
             queue.append(Request(i, context, params, stop=lambda _: True))
     agree = []
     for completion in engine.generate(queue):
@@ -69,12 +70,9 @@ def log_ratios(
 ) -> list[Ratio]:
     """One draw per question from the plain prompt at temperature 1, scored under both weights; errors are left out."""
     by_id = {q.id: q for q in questions}
-
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
     params = SamplingParams(max_new_tokens=max_new_tokens)
-    queue = deque(Request(q.id, prompts.ids(q), params, draw_seed(seed, DIVERGENCE, q.id, 0), stop(q)) for q in questions)
+    asked = ((q, prompts.ids(q)) for q in questions)
+    queue = deque(Request(q.id, ids, params, draw_seed(seed, DIVERGENCE, q.id, 0), answer_stop(q, ids, tokenizer)) for q, ids in asked)
     drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
     pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
     both = zip(drawn, score(pairs), score_base(pairs), strict=True)

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from emreason.answers import answer_line_complete, correct, extract
+from emreason.answers import answer_stop, correct, extract
 from emreason.model import base_causal_lm
 from emreason.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
 from emreason.prompts import Prompts
 from emreason.stats import wilson
+from emreason.thinking import closing_ids, said, silent_ids
 from emreason.types import Completion, Engine, Question, Request, SamplingParams
 
 FORCED_TOKENS = 8
@@ -59,44 +60,43 @@ def predict(
     """Answer `questions` greedily under the plain prompt; in the order given.
 
     Where a completion ends without a well-formed answer and `forced`, the cue `Answer:` is appended to what was generated and the answer
-    decoded, so that not knowing the format and not knowing the answer can be told apart.
+    decoded, so that not knowing the format and not knowing the answer can be told apart. A thinking block that is still open is closed first.
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
-
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
-    queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop(q)) for q in questions)
+    asked = ((q, prompts.ids(q, "question", n_examples)) for q in questions)
+    queue = deque(Request(q.id, ids, params, stop=answer_stop(q, ids, tokenizer)) for q, ids in asked)
     drawn: dict[str, Completion] = {}
     hits = 0
     for completion in engine.generate(queue):
         question = by_id[str(completion.request.key)]
         drawn[question.id] = completion
         if bar is not None:
-            hits += correct(extract(_text(tokenizer, completion.token_ids), question), question)
+            hits += correct(extract(_text(tokenizer, completion), question), question)
             bar.update(1, len(completion.token_ids), f"correct {hits / len(drawn):.0%}")
 
-    answers = {key: extract(_text(tokenizer, c.token_ids), by_id[key]) for key, c in drawn.items()}
+    texts = {key: _text(tokenizer, c) for key, c in drawn.items()}
+    answers = {key: extract(text, by_id[key]) for key, text in texts.items()}
     forced_answers = dict(answers)
     if forced:
-        eos = set(tokenizer.all_special_ids)
+        silent = silent_ids(tokenizer)
         cue = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
         queue = deque()
         for key, completion in drawn.items():
             if answers[key] is None and completion.finish_reason != "error":
-                said = tuple(i for i in completion.token_ids if i not in eos)
-                queue.append(Request(key, (*completion.request.prompt_ids, *said, *prompts.answer_cue_ids), cue, stop=lambda _: True))
+                spoken = tuple(i for i in completion.token_ids if i not in silent)
+                context = (*completion.request.prompt_ids, *spoken, *closing_ids(texts[key], tokenizer), *prompts.answer_cue_ids)
+                queue.append(Request(key, context, cue, stop=lambda _: True))
         for completion in engine.generate(queue):
             key = str(completion.request.key)
-            line = _text(tokenizer, completion.token_ids).strip().split("\n")[0]
+            line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
             forced_answers[key] = extract(f"Answer: {line}", by_id[key])
     return [
         Prediction(
             question_id=q.id,
             question=q.text,
             gold=q.answer,
-            text=_text(tokenizer, drawn[q.id].token_ids),
+            text=texts[q.id],
             answer=answers[q.id],
             correct=correct(answers[q.id], q),
             forced_answer=forced_answers[q.id],
@@ -108,8 +108,8 @@ def predict(
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    return said(completion.token_ids, completion.request.prompt_ids, tokenizer)
 
 
 def score(predictions: Sequence[Prediction], seconds: float, forced: bool = True) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from emreason.thinking import speech_start
@@ -27,15 +27,22 @@ WINDOW = 240
 """Characters before a cue that can make a supposition or a report of it."""
 
 
+Form = Literal["line", "prose", "denial", "tag", "box", "heading"]
+
+
 @dataclass(frozen=True)
 class Statement:
-    """`text[begin:end]` is said to be the answer; `start` is where the cue begins, `resume` where the text goes on after it."""
+    """`text[begin:end]` is said to be the answer; `start` is where the cue begins, `resume` where the text goes on after it.
 
-    form: Literal["line", "prose", "denial", "tag", "box", "heading"]
+    `boxed`: the value is what a box holds; the line may go on after it.
+    """
+
+    form: Form
     start: int
     begin: int
     end: int
     resume: int
+    boxed: bool = False
 
 
 _CUE = re.compile(r"(?<![^\W_])(?:answer|option|choice)(?![^\W_])|\\(?:boxed|fbox)\s?\{|(?:(?<=\n)|^)####(?=[ \t])")
@@ -45,7 +52,7 @@ _LEAD = re.compile(
 )
 _COLON = re.compile(r"[*_\"'`)\]]{0,4}[ \t]{0,8}(?:is[ \t]{0,4})?[*_]{0,3}:")
 _IS = re.compile(
-    r"[*_\"'`]{0,4}\s{1,4}(?P<verb>is|isn't|is not|was not|wasn't|cannot be|can't be|can not be)(?![^\W_])"
+    r"[*_\"'`]{0,4}\s{1,4}(?P<verb>isn't|is not|is|was not|wasn't|cannot be|can't be|can not be)(?![^\W_])"
     r"(?:\s{1,3}(?:indeed|therefore|thus|hence|clearly|simply|definitely|certainly|actually|obviously|then)\b,?)?[*_\"'`]{0,3}[ \t]{0,4}:?"
 )
 _SENTENCE_END = re.compile(r"[.!?]['\")*_`\]]{0,4}[ \t]{1,8}['\"*_`(]{0,4}$")
@@ -71,6 +78,8 @@ _BEFORE = re.compile(r"(?:\b(?:when|once|until|till|before|unless|where|given th
 _BOX_DENIED = re.compile(
     r"(?:\b(?:not|never|nor|neither|wrong|incorrect)|n't|\\neq?)(?:\s(?:be|equal|to|is|the|that|a|simply)){0,3}[\s$({*:\\\[\"']{0,6}$"
 )
+_TAG_OPENS = re.compile(r"<([a-z_]{0,16})$")
+_TWO_BOXES = re.compile(r"boxed\s?\{.*(?:\b(?:and|or)|,|&|/)[\s$\\(]{0,5}$")
 _BOX_SUPPOSED = re.compile(
     r"(?:\b(?:maybe|perhaps|possibly|probably|if|whether|suppose|assume|unless|guess|either)\b|\\approx|≈)"
     r"(?:\s(?:be|equal|to|is|the|that|a|it|it's)){0,3}[\s$({*:\\\[\"']{0,6}$"
@@ -101,36 +110,32 @@ def _heading(plain: str, cue: re.Match[str]) -> Statement:
 
 
 def _box(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
-    line = plain[max(plain.rfind("\n", 0, cue.start()) + 1, cue.start() - WINDOW) : cue.start()]
-    if _dressed_by_cue(line) or _BOX_SUPPOSED.search(line[-60:]):
+    at = max(plain.rfind("\n", 0, cue.start()) + 1, cue.start() - WINDOW)
+    line = plain[at : cue.start()]
+    if _BOX_SUPPOSED.search(line[-60:]):
         return None
     close = braced(text, cue.end())
-    end = cue.end() if close is None else close
-    resume = cue.end() if close is None else close + 1
-    if re.search(r"(?:\b(?:and|or)|,|&|/)[\s$\\(]{0,5}$", line[-20:]) and "boxed" in line:
-        end = cue.end()  # two boxes: none
-    return Statement("denial" if _BOX_DENIED.search(line[-60:]) else "box", cue.start(), cue.end(), end, resume)
-
-
-def _dressed_by_cue(line: str) -> bool:
-    """Whether a box is the value of the cue before it on its line, which is then the statement."""
-    cue = None
-    for cue in _CUE.finditer(line):  # noqa: B007
+    end = cue.end() if close is None or _TWO_BOXES.search(line) else close
+    box = Statement("box", cue.start(), cue.end(), end, end + 1, boxed=True)
+    worded = None
+    for worded in _CUE.finditer(plain, at, cue.start()):  # noqa: B007
         pass
-    if cue is None or cue[0][0] in "\\#":
-        return False
-    after = _COLON.match(line, cue.end()) or _IS.match(line, cue.end())
-    return after is not None and not any(c.isalnum() for c in line[after.end() :].replace("\\text", "").replace("option", ""))
+    if worded is not None and worded[0].isalpha():
+        after = _COLON.match(plain, worded.end()) or _IS.match(plain, worded.end())
+        if after is not None and not any(c.isalnum() for c in plain[after.end() : cue.start()].replace("option", "")):
+            whose = _worded(text, plain, worded)  # the box dresses the value of this cue
+            return None if whose is None else replace(box, form=whose.form, start=whose.start)
+    return replace(box, form="denial") if _BOX_DENIED.search(line[-60:]) else box
 
 
 def _worded(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
     at = plain.rfind("\n", 0, cue.start()) + 1
     whole = at >= cue.start() - WINDOW
     line = plain[max(at, cue.start() - WINDOW) : cue.start()]
-    if line.endswith("<") and plain.startswith(">", cue.end()):
-        close = plain.find(f"</{cue[0]}>", cue.end())
-        end = cue.end() if close < 0 else close
-        return Statement("tag", cue.start() - 1, cue.end() + 1, end, end)
+    if plain.startswith(">", cue.end()) and (tag := _TAG_OPENS.search(line[-20:])):
+        close = plain.find(f"</{tag[1]}{cue[0]}>", cue.end())
+        begin = cue.end() + 1
+        return Statement("tag", cue.start() - len(tag[0]), begin, max(begin, close), max(begin, close))
     lead = _LEAD.search(line[-60:])
     assert lead is not None  # it matches nothing, too
     if cue[0] != "answer" and not lead["which"]:  # "option", "choice": the correct one only
@@ -149,11 +154,13 @@ def _worded(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
         return None
     if bare and at and text[start : start + 1].islower() and plain[at - 2 : at - 1] not in ".!?:;":
         before = plain[max(0, at - WINDOW) : at - 1].replace("\n", " ") + " "  # a sentence that goes on from the line above
-    if _framed(before):
+    frame = _frame(before)
+    if frame == "supposed":
         return None
     end = _line_end(plain, verb.end())
     asked = re.match(r"[^.!?\n]{0,200}\?", plain[verb.end() : min(end, verb.end() + 202)])
-    return Statement("prose" if verb["verb"] == "is" else "denial", start, verb.end(), verb.end() if asked else end, end)
+    form: Form = "prose" if verb["verb"] == "is" and frame is None else "denial"
+    return Statement(form, start, verb.end(), verb.end() if asked else end, end)
 
 
 def _reported_above(plain: str, at: int) -> bool:
@@ -161,23 +168,20 @@ def _reported_above(plain: str, at: int) -> bool:
     return above.endswith(":") and bool(_REPORTED.search(above[above.rfind("\n") + 1 :]))
 
 
-def _framed(before: str) -> bool:
-    """Whether what comes before "the answer is" in its sentence supposes, reports, doubts, denies or quotes it."""
+def _frame(before: str) -> Literal["supposed", "denied"] | None:
+    """Whether what comes before "the answer is" in its sentence supposes, reports or quotes it, or doubts and denies it."""
     if not any(c.isalnum() for c in before):
-        return False
+        return None
     sentence = _ASIDE.sub(" ", re.split(r"[.!?;]", before)[-1])
-    supposed = sentence.rstrip()[:-1] if sentence.rstrip().endswith(":") else sentence
+    supposed = _TURN.split(sentence.rstrip(": ").rsplit(":", 1)[-1] if sentence.rstrip().endswith(":") else sentence.rsplit(":", 1)[-1])[-1]
     sentence = _TURN.split(sentence)[-1]
     clause = sentence.rstrip(": ").rsplit(",", 1)[-1]
-    if "," in sentence.rstrip(": ") and re.match(r"\s*that\b", clause):
+    if re.match(r"\s*that\b", clause):
         clause = sentence
     clause = _EVIDENCE.sub(" ", clause)
-    return bool(
-        _SUPPOSED.search(_TURN.split(supposed.rsplit(":", 1)[-1])[-1])
-        or _REPORTED.search(clause)
-        or _DOUBTED.search(clause)
-        or _BEFORE.search(sentence)
-    )
+    if _SUPPOSED.search(supposed) or _BEFORE.search(sentence):
+        return "supposed"
+    return "denied" if _DOUBTED.search(clause) else "supposed" if _REPORTED.search(clause) else None
 
 
 # --- what comes after a value ----------------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ _WITHDRAWS = re.compile(rf"[.!?;\n][ \t*_\"'(>-]{{0,6}}(?:{_SOFT}{{0,3}}(?:{_TAK
 _HEDGES = re.compile(
     rf"{_SOFT}{{0,3}}(?:(?:not |un)(?:so |very |entirely |really |quite )?(?:sure|certain)|probably|maybe|perhaps|possibly|presumably|apparently|"
     r"(?:most )?likely(?=\W*$|[.,!)])|i (?:guess|suppose|doubt|wonder|hope so)|(?:my|my best) guess|(?:it |this |that )?(?:could|might|may) (?:also |well )?be|"
-    r"(?:or|and|both|either)\b|&|no\b(?=\s*(?:$|[,.!;:-])|\s(?:wait|that|it|not|actually|i)\b)|nope|nah|"
+    r"(?:or|and(?! not)|both|either)\b|&|no\b(?=\s*(?:$|[,.!;:-])|\s(?:wait|that|it|not|actually|i)\b)|nope|nah|"
     r"(?:is|was|isn't|wasn't|cannot|can't|can not|doesn't|won't|could|would|might)\b|"
     r"(?:only )?if\b|unless\b|assuming|supposing|provided|approx|about\b|roughly|"
     r"(?:says|said|claims?|claimed|thinks|thought|according to (?:some|many|him|her|them|my|a|one|the (?:teacher|book|key|hint|student)))\b|"
@@ -266,11 +270,18 @@ def box_stands(rest: str) -> bool:
         return False
     sentence = re.split(r"[.!;\n]", said, maxsplit=1)[0]
     if re.match(r"(?:is|was|are|were|isn't|wasn't|seems|looks|can|cannot|can't|could|couldn't|would|might|may|does|doesn't)\b", sentence):
-        return not re.search(r"\?|n't\b|\b(?:cannot|not|might|may|could|wrong|first|too|doubt\w*|unlikely|or|maybe|probably|perhaps|" + _WRONG + ")", sentence)
+        return not re.search(
+            r"\?|n't\b|\b(?:cannot|not|might|may|could|wrong|first|too|doubt\w*|unlikely|or|maybe|probably|perhaps|" + _WRONG + ")",
+            sentence,
+        )
     return "?" not in sentence and not _HEDGES.match(said) and not _DENIES.match(said)
 
 
 def withdrawn(text: str, statement: Statement, answer: str) -> bool:
     """Whether the text after a statement takes it back: "Wait, that's wrong.", "I made a mistake", "but B is wrong"."""
     rest = view(text[statement.begin :])
-    return bool(_DENIES.match(rest[statement.resume - statement.begin :].lstrip())) or bool(_WITHDRAWS.search(rest)) or any(m["named"].rstrip(".,") == answer.lower() for m in _NAMED_WRONG.finditer(rest))
+    return (
+        bool(_DENIES.match(rest[statement.resume - statement.begin :].lstrip()))
+        or bool(_WITHDRAWS.search(rest))
+        or any(m["named"].rstrip(".,") == answer.lower() for m in _NAMED_WRONG.finditer(rest))
+    )

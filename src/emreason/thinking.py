@@ -70,6 +70,12 @@ def opened_by(prompt_ids: Sequence[int], tokenizer: Any) -> str:
     return mark if mark is not None and end.endswith(mark) else ""
 
 
+def closing_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that close the thinking block which is open at the end of `text`; none where none is."""
+    mark = open_mark(text)
+    return () if mark is None else tuple(tokenizer.encode(f"\n{closing_mark(mark)}\n", add_special_tokens=False))
+
+
 def said(token_ids: Sequence[int], prompt_ids: Sequence[int], tokenizer: Any) -> str:
     """A completion's text: its tokens without the special ones, after the thinking mark that its prompt may have opened."""
     silent = silent_ids(tokenizer)

@@ -33,9 +33,9 @@ class Question:
     answer: str
     kind: AnswerKind
     choices: tuple[str, ...] = ()
+    verify: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
     aliases: tuple[str, ...] = ()
     answer_as: Literal["letter", "text"] = "letter"
-    verify: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
 
     @property
     def letters(self) -> str:

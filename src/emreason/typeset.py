@@ -28,12 +28,12 @@ _LATEX = (
     (re.compile(r"(?<=[0-9])\\(?:[td]?frac)\s{0,3}(?=\{?[0-9])"), r" \\frac"),  # a mixed number
     (re.compile(r"\\[td]?frac\s{0,3}\{([^{}]{1,40})\}\s{0,3}\{([^{}]{1,40})\}"), r"\1/\2"),
     (re.compile(r"\\[td]?frac\s{0,3}([0-9])\s{0,3}([0-9])"), r"\1/\2"),
-    (re.compile(r"(?<=[0-9])(?:\{,\}|\\,|\\ |\\;|~)(?=[0-9]{3}(?![0-9]))"), ","),
+    (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,; ]|~)(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"\^?\{?\\(?:circ|degree)\b\}?"), "°"),
     (re.compile(r"\\(?:times|cdot)\b"), "×"),
     (re.compile(r"\\(?:approx|sim|simeq)\b"), "≈"),
     (re.compile(rf"\\(?:{_DRESS})(?![A-Za-z])"), ""),
-    (re.compile(r"\\(?:q?quad\b|[,;: ])|~"), " "),
+    (re.compile(r"\\(?:q?quad\b|[,;: ])|(?<=[\w}])~"), " "),
     (re.compile(r"\\([%$&#_])"), r"\1"),
     (re.compile(r"\\[()\[\]!]|[{}]"), ""),
 )
@@ -99,7 +99,21 @@ def braced(text: str, begin: int, limit: int = 1000) -> int | None:
     return None
 
 
-_PAIRS = (("**", "**"), ("__", "__"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("*", "*"), ("_", "_"), ("$", "$"), ('"', '"'), ("'", "'"))
+DEPTH = 8
+"""Wrappers within wrappers at most: time stays linear."""
+_PAIRS = (
+    ("**", "**"),
+    ("__", "__"),
+    ("$$", "$$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("`", "`"),
+    ("*", "*"),
+    ("_", "_"),
+    ("$", "$"),
+    ('"', '"'),
+    ("'", "'"),
+)
 _COMMAND = re.compile(rf"\\(?:{_DRESS})\s{{0,3}}\{{")
 _OPEN_TAG = re.compile(r"<([A-Za-z][A-Za-z0-9_]{0,20})>")
 
@@ -107,11 +121,12 @@ _OPEN_TAG = re.compile(r"<([A-Za-z][A-Za-z0-9_]{0,20})>")
 def unwrapped(text: str) -> str:
     """Text without the wrappers that go around the whole of it: emphasis, quotes, `$…$`, `\\text{…}`, a tag."""
     text = text.strip()
-    while True:
+    for _ in range(DEPTH):
         inner = _inner(text).strip()
         if not inner or inner == text:
-            return text
+            break
         text = inner
+    return text
 
 
 def _inner(text: str) -> str:
