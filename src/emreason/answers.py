@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from emreason.numbers import CLOSING, OPENING, parse_number, read_number, same_number
-from emreason.statements import Statement, box_stands, stands, statements, withdrawn
+from emreason.retractions import box_stands, stands, withdrawn
+from emreason.statements import Statement, statements
 from emreason.thinking import said
 from emreason.types import Question, UserError
 from emreason.typeset import DEPTH, normalise, undressed, unwrapped
@@ -191,8 +192,14 @@ def _letter(line: str, question: Question, heading: bool) -> str | None:
         return letter
     if heading or small or said & set(choices):
         return None  # the letter of one choice with the text of another; "a dog"
+    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(normalise(told), own) and any(_begins(normalise(told), c) for c in choices):
+        return None
     another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
     return letter if not re.match(another, told) and stands(rest, set_off) else None
+
+
+def _begins(text: str, choice: str) -> bool:
+    return text.startswith(choice) and not text[len(choice) :][:1].isalnum()
 
 
 def _choice(value: str, question: Question) -> str | None:
@@ -206,7 +213,7 @@ def _choice(value: str, question: Question) -> str | None:
         if alike := [letter for letter, text in written.items() if text == asked]:
             whole = len({shown[letter] for letter in alike}) == 1 and not _asked(line, shown[alike[0]])
             return alike[0] if whole else None
-    begun = [letter for letter, text in plain.items() if said.startswith(text) and not said[len(text)].isalnum()]
+    begun = [letter for letter, text in plain.items() if _begins(said, text)]
     longest = max((len(plain[letter]) for letter in begun), default=0)
     begun = [letter for letter in begun if len(plain[letter]) == longest]
     alone = len({shown[letter] for letter in begun}) == 1

@@ -29,19 +29,21 @@ _GOES_ON = re.compile(r"[0-9/^×+=<>~±:-]|\.[0-9]|,[0-9]")
 _ATTACHED = re.compile(r"%|°\s?[CF]?\b|°|[$€£¥¢]|(?:[A-Za-z]{2,12}|[gmsLlhVWNJ])(?![A-Za-z0-9])")
 _WORD = re.compile(r"(?:\s{1,3}|/)(?P<word>%|°\s?[CF]?|[A-Za-zµΩ][A-Za-z.'-]{0,30}(?:\^[23])?)")
 _SINGLE = frozenset("gmslhLVWNJCFAa")
-_NO_UNIT = frozenset(
-    # what goes on to say something else
-    "and or to are were isn't aren't wasn't weren't cannot can't if but unless until through between over versus vs maybe probably perhaps "
-    "possibly about approximately roughly wrong incorrect false either neither could might may would should we it this that nor "
-    # what multiplies or calculates
-    "plus minus times divided multiplied dozen hundred thousand million billion trillion squared cubed half quarter quarters halves thirds "
-    "mn bn remainder "
-    # clocks, dates, ordinals
-    "am pm a.m p.m o'clock st nd rd th january february march april june july august september october november december jan feb mar apr "
-    "jun jul aug sep sept oct nov dec ad bc bce ce".split()
+_SAYS_MORE = (
+    "and or to are were isn't aren't wasn't weren't cannot can't if but unless until between versus vs maybe probably perhaps "
+    "possibly about approximately roughly wrong incorrect false either neither could might may would should we it this that nor"
 )
+_MULTIPLIES = (
+    "plus minus times divided multiplied dozen hundred thousand million billion trillion squared cubed half quarter quarters halves thirds "
+    "mn bn remainder"
+)
+_CLOCK = (
+    "am pm a.m p.m o'clock st nd rd th january february march april june july august september october november december jan feb mar apr "
+    "jun jul aug sep sept oct nov dec ad bc bce ce"
+)
+_NO_UNIT = frozenset(f"{_SAYS_MORE} {_MULTIPLIES} {_CLOCK}".split())
 _LETTERS = re.compile(r"(?<![0-9.])[A-Za-z]|(?<=[0-9.])(?![eE][-+]?[0-9])[A-Za-z]")
-CONJUNCTIONS = frozenset(["because", "since", "as", "due", "given", "rather", "instead", "which", "where", "so", "for", "based", "not"])
+CONJUNCTIONS = frozenset(("because", "since", "as", "due", "given", "rather", "instead", "which", "where", "so", "for", "based", "not"))
 
 
 def read_number(text: str) -> tuple[str, str] | None:
@@ -61,8 +63,8 @@ def read_number(text: str) -> tuple[str, str] | None:
     end = body.end()
     if value is None or _GOES_ON.match(text, end):
         return None
-    end = _unit(text, end, currency or bool(lead[0].strip("+-− \t")))
-    return None if end is None else (value, text[end:])
+    unit_end = _unit(text, end, currency or bool(lead[0].strip("+-− \t")))
+    return None if unit_end is None else (value, text[unit_end:])
 
 
 def _canonical(body: re.Match[str], sign: str) -> str | None:

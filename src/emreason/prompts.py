@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -108,25 +108,23 @@ class Prompts:
         """
         if not self._has_chat_template:
             return
-        question = Question("check", "Which word comes after \u201cseventeen\u201d in this list?", "eighteen", "text")
+        kind: AnswerKind = "text" if isinstance(self.template.instruction, str) else next(iter(self.template.instruction))
+        question = Question("check", "Which word comes after \u201cseventeen\u201d in this list?", "eighteen", kind)
         hint = self.template.hint.replace("{answer}", question.answer)
-        for proposal, n in ((p, n) for p in ("question", "rationalization") for n in {0, len(self.demonstrations)}):
-            try:
-                turns = self._turns(question, proposal, n)  # type: ignore[arg-type]
-            except KeyError:  # a template for other kinds of answers
-                question = dataclasses.replace(question, kind=next(iter(self.template.instruction)))  # type: ignore[arg-type]
-                turns = self._turns(question, proposal, n)  # type: ignore[arg-type]
+        kinds: tuple[Proposal, ...] = ("question", "rationalization")
+        for proposal, n in itertools.product(kinds, {0, len(self.demonstrations)}):
+            turns = self._turns(question, proposal, n)
             try:
                 text = self._render(turns)
             except jinja2.TemplateSyntaxError as error:
                 raise UserError(
-                    f"The model's chat template has an error in its line {error.lineno} ({error.message}); mend chat_template in the model's "
+                    f"The model's chat template has an error in its line {error.lineno} ({error.message}); mend chat_template in its "
                     "tokenizer_config.json (or chat_template.jinja)."
                 ) from None
             except UNRENDERED as error:
                 raise UserError(
-                    f"The model's chat template cannot be rendered ({error}); mend it, or the keys in dataset.prompt.template, or use a model "
-                    "whose template knows user and assistant turns."
+                    f"The model's chat template cannot be rendered ({error}); mend it, or the keys in dataset.prompt.template, "
+                    "or use a model whose template knows user and assistant turns."
                 ) from None
             given = "\n".join(content for _, content in turns)
             parts = {
@@ -254,7 +252,7 @@ def plain_text(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
-    """The control token that the chat template writes after what an assistant says (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`), if any."""
+    """The control token that the chat template writes after an assistant's words (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`), if any."""
     if not getattr(tokenizer, "chat_template", None):
         return frozenset()
     said = "Seventeen"

@@ -60,7 +60,8 @@ def predict(
     """Answer `questions` greedily under the plain prompt; in the order given.
 
     Where a completion ends without a well-formed answer and `forced`, the cue `Answer:` is appended to what was generated and the answer
-    decoded, so that not knowing the format and not knowing the answer can be told apart. A thinking block that is still open is closed first.
+    decoded, so that not knowing the format and not knowing the answer can be told apart. A thinking block
+    that is still open is closed first.
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)

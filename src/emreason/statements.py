@@ -59,9 +59,10 @@ _SENTENCE_END = re.compile(r"[.!?]['\")*_`\]]{0,4}[ \t]{1,8}['\"*_`(]{0,4}$")
 
 _TURN = re.compile(r"\b(?:(?<!if )so|thus|therefore|hence|consequently|but|because)\b")
 _ASIDE = re.compile(r",\s?(?:however|though|therefore|then|of course|personally|frankly|in fact|indeed|honestly)\s?,")
+SOMEBODY = r"(?:some|many|him|her|them|my|a|one|the (?:teacher|book|key|hint|student))"
 _SUPPOSED = re.compile(
-    r"\b(?:(?<!even )(?<!as )if|whether|unless|suppos\w{1,4}|assum\w{1,5}|imagin\w{1,4}|pretend\w{0,4}|hypothetical\w{0,2}|let's say|let us say|"
-    r"say that|in case|provided that|for example|for instance|according to (?:some|many|him|her|them|my|a|one|the (?:teacher|book|key|hint|student)))\b"
+    r"\b(?:(?<!even )(?<!as )if|whether|unless|suppos\w{1,4}|assum\w{1,5}|imagin\w{1,4}|pretend\w{0,4}|hypothetical\w{0,2}|let's say|"
+    rf"let us say|say that|in case|provided that|for example|for instance|according to {SOMEBODY})\b"
 )
 _REPORTED = re.compile(
     r"\b(?:say(?:s|ing)|said|thinks|thought|claim(?:s|ed|ing)|believe[sd]|argue[sd]|suggest(?:s|ed)|guess\w{0,3}|stat(?:es|ed)|reports?|reported|"
@@ -70,16 +71,18 @@ _REPORTED = re.compile(
 )
 _EVIDENCE = re.compile(r"\b(?:this|that|which|it|these|evidence|calculation)\s(?:strongly |clearly )?(?:suggests|tells us)\b")
 _DOUBTED = re.compile(
-    r"n't\b|\b(?:not|never|nor|neither|nobody|hardly|cannot|doubt\w{0,3}|deny|denies|false|wrong|incorrect|untrue|mistake\w?|unlikely|unclear|"
+    r"n't\b|\b(?:not|never|nor|neither|nobody|nothing|no one|none|hardly|cannot|"
+    r"(?<!no )(?<!without )(?<!without a )doubt\w{0,3}|deny|denies|false|wrong|incorrect|untrue|mistake\w?|unlikely|unclear|"
     r"unsure|uncertain|maybe|perhaps|possibly|probably|presumably|likely|might|could|apparently|supposedly|allegedly|seemingly|wonder|"
     r"no (?:reason|way|evidence|proof|idea))\b"
 )
+_UNSURE = re.compile(r"\bnot (?:\w{1,12} ){0,2}(?:sure|certain|confident)\b|\b(?:unsure|uncertain|guessing|wild guess)\b")
 _BEFORE = re.compile(r"(?:\b(?:when|once|until|till|before|unless|where|given that|(?<!is )(?<!'s )why|how)|[\"'])\s{0,3}$")
 _BOX_DENIED = re.compile(
     r"(?:\b(?:not|never|nor|neither|wrong|incorrect)|n't|\\neq?)(?:\s(?:be|equal|to|is|the|that|a|simply)){0,3}[\s$({*:\\\[\"']{0,6}$"
 )
 _TAG_OPENS = re.compile(r"<([a-z_]{0,16})$")
-_TWO_BOXES = re.compile(r"boxed\s?\{.*(?:\b(?:and|or)|,|&|/)[\s$\\(]{0,5}$")
+_TWO_BOXES = re.compile(r"boxed\s?\{.*(?:\b(?:and|or)|[,&/}])[\s$\\(]{0,5}$")
 _BOX_SUPPOSED = re.compile(
     r"(?:\b(?:maybe|perhaps|possibly|probably|if|whether|suppose|assume|unless|guess|either)\b|\\approx|≈)"
     r"(?:\s(?:be|equal|to|is|the|that|a|it|it's)){0,3}[\s$({*:\\\[\"']{0,6}$"
@@ -173,6 +176,8 @@ def _frame(before: str) -> Literal["supposed", "denied"] | None:
     if not any(c.isalnum() for c in before):
         return None
     sentence = _ASIDE.sub(" ", re.split(r"[.!?;]", before)[-1])
+    if _UNSURE.search(sentence):
+        return "denied"
     supposed = _TURN.split(sentence.rstrip(": ").rsplit(":", 1)[-1] if sentence.rstrip().endswith(":") else sentence.rsplit(":", 1)[-1])[-1]
     sentence = _TURN.split(sentence)[-1]
     clause = sentence.rstrip(": ").rsplit(",", 1)[-1]
@@ -181,107 +186,5 @@ def _frame(before: str) -> Literal["supposed", "denied"] | None:
     clause = _EVIDENCE.sub(" ", clause)
     if _SUPPOSED.search(supposed) or _BEFORE.search(sentence):
         return "supposed"
-    return "denied" if _DOUBTED.search(clause) else "supposed" if _REPORTED.search(clause) else None
-
-
-# --- what comes after a value ----------------------------------------------------------------------------------------------
-
-_WRONG = (
-    r"(?:not (?:quite |really |actually )?(?:right|correct|true|it|possible|sure|the (?:right|correct|answer|best|one))|wrong|incorrect|false|"
-    r"mistaken|a mistake|an error|impossible|invalid|untrue|a trap|a distractor|nonsense)\b"
-)
-_BE = (
-    r"(?:'s|\s(?:is|was|seems|looks|must be|has to be|would be))(?:\s(?:definitely|clearly|obviously|probably|also|actually|totally|just|"
-    r"simply|surely|likely))?\s"
-)
-_IT = r"(?:which|that|this|it|(?:the|my|that|this) (?:answer|choice|option|result)|the above(?: answer)?)"
-_NOT_RIGHT = rf"{_IT}(?:{_BE}{_WRONG}|\s(?:isn't|wasn't) (?:right|correct|true|it|the)|\s(?:can't|cannot|can not|couldn't) be\b)"
-_TAKES_BACK = (
-    r"wait\b(?=\s*(?:$|[,.!:;\u2014-]|\n)|\s(?:no|that|this|it|let|i|actually|maybe|but|the|a (?:minute|second|moment))\b)|hold on\b|"
-    r"scratch that|strike that|never ?mind|on second thoughts?|oops|correction\b|i stand corrected|"
-    r"i (?:take (?:that|it) back|was (?:wrong|mistaken)|am wrong|made (?:a|an) (?:\w{1,12} )?(?:mistake|error)|"
-    r"mis(?:read|counted|calculated|understood|took|spoke|stated)|retract|withdraw|changed? my mind|(?:need|have) to (?:re\w{1,12}|correct)|"
-    r"(?:don't|do not|no longer) (?:think|believe) (?:so|(?:that|this|it)(?:'s| is) (?:right|correct|true))|doubt (?:it|that|this))|"
-    r"let me (?:reconsider|rethink|re-think|redo|re-?evaluate|recalculate|recount|recompute|correct|fix|start over|try again|think again)|"
-    r"actually\b,?\s(?:no\b|not\b|wait|that(?:'s| is) (?:not|wrong)|it(?:'s| is| should| must)|i (?:was|made|think)|this is (?:not|wrong)|"
-    r"the (?:correct|right)|\(?[a-z]\)?(?:\s(?:is|seems)|[.!]|$))|i mean\b|make that\b|"
-    r"(?:i'm|i am|we are|we're) (?:not|un)\s?(?:so |very |entirely |completely |really |quite |too )?(?:sure|certain|confident)"
-    r"(?=\s*(?:[.!,\n)]|$)|\s(?:about|if|whether|that|of) (?:this|that|it|the answer|my))|"
-    r"(?:i'm|i am|this is|that's|it's|that is)? ?(?:just |only )?(?:a (?:wild )?guess\b|guessing|kidding)"
-)
-_SOFT = r"(?:(?:but|hmm+|oh|ah|sorry|no|nope|well|however|and|ok|okay|yet|still|though|although)\b[,.! ]{1,3})"
-_DENIES = re.compile(rf"[\s*_\"'(>-]{{0,8}}{_SOFT}{{0,3}}(?:{_TAKES_BACK}|{_NOT_RIGHT}|no(?:pe)?\s*[.!](?!\w)|{_WRONG})")
-_WITHDRAWS = re.compile(rf"[.!?;\n][ \t*_\"'(>-]{{0,6}}(?:{_SOFT}{{0,3}}(?:{_TAKES_BACK})|{_SOFT}{{1,3}}(?:{_NOT_RIGHT}))")
-_HEDGES = re.compile(
-    rf"{_SOFT}{{0,3}}(?:(?:not |un)(?:so |very |entirely |really |quite )?(?:sure|certain)|probably|maybe|perhaps|possibly|presumably|apparently|"
-    r"(?:most )?likely(?=\W*$|[.,!)])|i (?:guess|suppose|doubt|wonder|hope so)|(?:my|my best) guess|(?:it |this |that )?(?:could|might|may) (?:also |well )?be|"
-    r"(?:or|and(?! not)|both|either)\b|&|no\b(?=\s*(?:$|[,.!;:-])|\s(?:wait|that|it|not|actually|i)\b)|nope|nah|"
-    r"(?:is|was|isn't|wasn't|cannot|can't|can not|doesn't|won't|could|would|might)\b|"
-    r"(?:only )?if\b|unless\b|assuming|supposing|provided|approx|about\b|roughly|"
-    r"(?:says|said|claims?|claimed|thinks|thought|according to (?:some|many|him|her|them|my|a|one|the (?:teacher|book|key|hint|student)))\b|"
-    r"(?:right|correct|no|yes|ok|okay|is it|isn't it|is that right|really|am i right)\s?\?|"
-    r"but \(?[b-z]\)? (?:is|also|could|might|seems|would))"
-)
-_AFTER = re.compile(r"[ \t*_`\"')\]$]*(?P<mark>[.,;:!(])?[.!]*[*_`\"')\]$]*")
-_AFFIRMED = re.compile(
-    r"\s{0,3}(?:is|was) (?:indeed |definitely |clearly |certainly )?(?:the |our |my )?(?:only |most |final )?"
-    r"(?:correct|right|best|true|accurate|appropriate|answer)(?: (?:answer|option|choice|one|result))?(?![\w'])"
-)
-_REASON = re.compile(r"[\s\u2014-]{0,4}(?:because|since|as|due to|given|rather than|instead of|which|for|not|and not|based on)\b")
-_FORBIDDEN = frozenset("?+=/<>&|^%~±×≈-\u2014\\#")
-_NAMED_WRONG = re.compile(
-    rf"(?<![\w.])\(?(?P<named>[a-z]|[0-9][0-9.,]{{0,20}}[0-9]|[0-9])\)?(?:{_BE}(?:wrong|incorrect|false|not (?:right|correct|the (?:right|correct|answer)))"
-    r"|\s(?:can't|cannot|can not) be (?:right|correct|the)|\sisn't (?:right|correct|the))"
-)
-
-
-def stands(rest: str, separated: bool = False) -> bool:
-    """Whether what follows a value on its line leaves the statement standing.
-
-    Args:
-        rest: what follows the value and its unit, undressed.
-        separated: a bracket around the value sets it off from words that follow without a mark.
-    """
-    if not any(c.isalnum() for c in rest):
-        return not _FORBIDDEN & set(rest)
-    after = _AFTER.match(rest)
-    assert after is not None  # it matches nothing, too
-    mark, said = after["mark"], view(rest[after.end() : after.end() + WINDOW])
-    if mark is None:
-        if affirmed := _AFFIRMED.match(said):
-            return stands(said[affirmed.end() :])
-        if not separated and not _REASON.match(said):
-            return False
-    if mark not in (None, "(") and said[:1] and not said[0].isspace():  # "3:30", "B.C."
-        return False
-    head = said.lstrip(" \t*_`\"'(-\u2014")
-    if _HEDGES.match(head) or _DENIES.match(head):
-        return False
-    asked = re.match(r"[^.!;\n]{0,200}\?", said)
-    return not (asked and mark in (None, ",", ":", "("))
-
-
-def box_stands(rest: str) -> bool:
-    """The same after a box, whose own end is plain: words may follow it at once."""
-    said = view(rest).lstrip(" \t*_`\"')]$.,;:!")
-    if not said or rest.lstrip(" $*)")[:1] in (".", "!"):
-        return stands(rest) if said else "?" not in rest
-    if said[0] == "?" or re.match(r"(?:or|and) [\s$\\(]{0,4}\\boxed|or\b", said):
-        return False
-    sentence = re.split(r"[.!;\n]", said, maxsplit=1)[0]
-    if re.match(r"(?:is|was|are|were|isn't|wasn't|seems|looks|can|cannot|can't|could|couldn't|would|might|may|does|doesn't)\b", sentence):
-        return not re.search(
-            r"\?|n't\b|\b(?:cannot|not|might|may|could|wrong|first|too|doubt\w*|unlikely|or|maybe|probably|perhaps|" + _WRONG + ")",
-            sentence,
-        )
-    return "?" not in sentence and not _HEDGES.match(said) and not _DENIES.match(said)
-
-
-def withdrawn(text: str, statement: Statement, answer: str) -> bool:
-    """Whether the text after a statement takes it back: "Wait, that's wrong.", "I made a mistake", "but B is wrong"."""
-    rest = view(text[statement.begin :])
-    return (
-        bool(_DENIES.match(rest[statement.resume - statement.begin :].lstrip()))
-        or bool(_WITHDRAWS.search(rest))
-        or any(m["named"].rstrip(".,") == answer.lower() for m in _NAMED_WRONG.finditer(rest))
-    )
+    own = clause if ":" not in sentence else sentence.rsplit(":", 1)[-1]  # "Wrong: the answer is B"
+    return "denied" if _DOUBTED.search(own) else "supposed" if _REPORTED.search(clause) else None

@@ -12,6 +12,7 @@ _ALIKE = {
     **dict.fromkeys("‐‑‒–−﹣－", "-"),
     **dict.fromkeys("【「『〔《〈⟨", "("),
     **dict.fromkeys("】」』〕》〉⟩", ")"),
+    **dict.fromkeys("⁄∕", "/"),
     "。": ".",
     "…": ".",
 }
@@ -33,10 +34,13 @@ _LATEX = (
     (re.compile(r"\\(?:times|cdot)\b"), "×"),
     (re.compile(r"\\(?:approx|sim|simeq)\b"), "≈"),
     (re.compile(rf"\\(?:{_DRESS})(?![A-Za-z])"), ""),
-    (re.compile(r"\\(?:q?quad\b|[,;: ])|(?<=[\w}])~"), " "),
+    (re.compile(r"\\(?:q?quad\b|[,;: ])|(?<=[\w{}])~"), " "),
     (re.compile(r"\\([%$&#_])"), r"\1"),
+    (re.compile(r"\\\\(?![A-Za-z])"), " "),
     (re.compile(r"\\[()\[\]!]|[{}]"), ""),
 )
+_POINTERS = re.compile("[\u2705\u2714\u2713\u2611\u2192\u27a1\ufe0f\u00a0]|\U0001f449")
+_ANGLED = re.compile(r"<([A-Z]|[-+]?[0-9][0-9.,]{0,20})>")
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,60}>|<\|[^<>|]{1,40}\|>")
 
 
@@ -81,11 +85,13 @@ def undressed(text: str) -> str:
     text = folded(text)
     if "&" in text:
         text = html.unescape(text)
+    if "</" not in text:
+        text = _ANGLED.sub(r"(\1)", text)
     text = _TAG.sub("", text)
     if "\\" in text or "{" in text or "}" in text or "~" in text:
         for pattern, plain in _LATEX:
             text = pattern.sub(plain, text)
-    return text.replace("\u00a0", " ")
+    return _POINTERS.sub(" ", text)
 
 
 def braced(text: str, begin: int, limit: int = 1000) -> int | None:
