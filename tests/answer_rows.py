@@ -537,7 +537,7 @@ STRINGS: list[tuple[str, str, bool]] = [
     ("\ufb01sh", "Answer: fish", True),
     ("1914\u20131918", "Answer: 1914-1918", True),
     ("x^2", "Answer: x\u00b2", True),
-    ('"a" and "b"', 'Answer: \u201ca\u201d and \u201cb\u201d', True),
+    ('"a" and "b"', "Answer: \u201ca\u201d and \u201cb\u201d", True),
     ("(1, 2)", "Answer: $(1, 2)$", True),
     ("Paris", "Answer: <think>Rome</think>Paris", False),
     ("Paris", "<think>Answer: Rome</think>\nAnswer: Paris", True),

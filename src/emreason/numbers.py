@@ -26,7 +26,7 @@ _BODY = re.compile(
 _LEAD = re.compile(rf"\s{{0,2}}(?:{_CURRENCY}\s?)?(?P<sign>[-+−])?(?:{_CURRENCY}\s?)?", re.IGNORECASE)
 _GOES_ON = re.compile(r"[0-9/^×+=<>~±:-]|\.[0-9]|,[0-9]")
 
-_ATTACHED = re.compile(r"%|°\s?[CF]?\b|°|[$€£¥¢]|(?:[A-Za-z]{2,12}|[gmsLlhVWNJ])(?![A-Za-z0-9])")
+_ATTACHED = re.compile(r"%|°\s?[CF]?\b|°|[$€£¥¢]|(?:[A-Za-z]{2,12}|[gmLlhVWNJ])(?![A-Za-z0-9])")
 _WORD = re.compile(r"(?:\s{1,3}|/)(?P<word>%|°\s?[CF]?|[A-Za-zµΩ][A-Za-z.'-]{0,30}(?:\^[23])?)")
 _SINGLE = frozenset("gmslhLVWNJCFAa")
 _SAYS_MORE = (

@@ -73,7 +73,7 @@ _EVIDENCE = re.compile(r"\b(?:this|that|which|it|these|evidence|calculation)\s(?
 _DOUBTED = re.compile(
     r"n't\b|\b(?:not|never|nor|neither|nobody|nothing|no one|none|hardly|cannot|"
     r"(?<!no )(?<!without )(?<!without a )doubt\w{0,3}|deny|denies|false|wrong|incorrect|untrue|mistake\w?|unlikely|unclear|"
-    r"unsure|uncertain|maybe|perhaps|possibly|probably|presumably|likely|might|could|apparently|supposedly|allegedly|seemingly|wonder|"
+    r"unsure|uncertain|maybe|perhaps|possibly|probably|presumably|likely|might|could|may (?:seem|look|appear|be)|apparently|supposedly|allegedly|seemingly|wonder|"
     r"no (?:reason|way|evidence|proof|idea))\b"
 )
 _UNSURE = re.compile(r"\bnot (?:\w{1,12} ){0,2}(?:sure|certain|confident)\b|\b(?:unsure|uncertain|guessing|wild guess)\b")
