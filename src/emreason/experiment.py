@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from emreason.checks import check_arguments, quoted
 from emreason.datasets import Dataset
-from emreason.engines.ops import compile_ahead
 from emreason.interrupt import stop_on_signals
+from emreason.kernels import compile_ahead
 from emreason.memory import keep_freed_memory, out_of_memory_told, spare_imports
 from emreason.model import choose_dtype
 from emreason.prompts import Prompts
