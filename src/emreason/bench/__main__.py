@@ -20,7 +20,7 @@ from emreason.bench.contenders import Contender, chosen, run
 from emreason.bench.peak import matmul_peak
 from emreason.bench.results import finish, growth, growth_line, markdown_of, over_seeds, rows_of, tables_of, title
 from emreason.bench.work import ITERATION, make_work
-from emreason.journal import write_atomic, write_json
+from emreason.runs.journal import write_atomic, write_json
 
 
 def works_of(contender: Contender, work: dict[str, Any]) -> list[str]:

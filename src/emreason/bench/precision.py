@@ -19,14 +19,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from emreason import masters as masters_module
-from emreason import module as module_module
 from emreason.bench.work import configured, iteration_work
-from emreason.datamodule import Example, RationaleDataModule, Step, make_steps
-from emreason.experiment import build
-from emreason.module import EMModule
-from emreason.samplers import sample, training_ids
-from emreason.scoring import token_logprobs
+from emreason.em import module as module_module
+from emreason.em.datamodule import RationaleDataModule
+from emreason.em.module import EMModule
+from emreason.em.steps import Step, make_steps
+from emreason.models import masters as masters_module
+from emreason.models.batches import Example
+from emreason.runs.experiment import build
+from emreason.schemes.samplers import sample, training_ids
+from emreason.scores.scoring import token_logprobs
 
 Publish = Callable[[Sequence[Tensor], Sequence[Tensor], int], None]
 

@@ -11,9 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from emreason.experiment import CONF
-from emreason.model import choose_dtype, weights_fingerprint
-from emreason.prompts import Prompts
+from emreason.models.loading import choose_dtype, weights_fingerprint
+from emreason.questions.prompts import Prompts
+from emreason.runs.experiment import CONF
 
 MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8

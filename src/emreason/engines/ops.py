@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emreason.kernels import library
+from emreason.models.kernels import library
 
 ATTENTION_ROWS = 16
 """Rows that attend together on a CPU without `kernels.c`, over the longest of them."""
