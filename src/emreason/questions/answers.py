@@ -1,0 +1,256 @@
+"""Answers: what a completion says its answer is, and the 0/1 reward r(ŷ, y*).
+
+Extraction is strict. An answer counts only where the text *states* one (`statements.py` has the grammar), the last statement decides, and
+a malformed last statement is no answer: a false positive would be trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
+from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
+from emreason.questions.grammar.statements import Statement, statements
+from emreason.questions.grammar.thinking import said
+from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
+from emreason.types import Question, UserError
+
+__all__ = [
+    "answer_line_complete",
+    "answer_stop",
+    "check",
+    "correct",
+    "extract",
+    "gold_text",
+    "normalise",
+    "parse_number",
+    "statement_start",
+]
+
+LINE = 1000
+"""Characters of a line in which a letter or a number is looked for."""
+
+
+def extract(text: str, question: Question) -> str | None:
+    """The answer that a completion states, or None.
+
+    Args:
+        text: the completion, without the prompt but with the thinking mark that the prompt may have opened (`thinking.said`).
+        question: gives the kind of answer and the choices allowed. The gold answer is not looked at, except for
+            whether it spans several lines (then the answer runs to the end of the text).
+
+    Returns:
+        A letter of `question.letters`, a number without grouping commas, or a stripped string.
+    """
+    decided = _decide(text, question)
+    return None if decided is None else decided[1]
+
+
+def correct(answer: str | None, question: Question) -> bool:
+    """The reward r(ŷ, y*): `question.verify` where set, else the same letter, number or normalised string as the gold one or an alias."""
+    if answer is None:
+        return False
+    if question.verify is not None:
+        return bool(question.verify(answer))
+    golds = (question.answer, *question.aliases)
+    if question.kind == "choice":
+        # two choices may read the same, and shown without letters nothing else tells them apart
+        return answer in golds or (question.answer_as == "text" and _shown(question, answer) == _shown(question, question.answer))
+    return any(same_number(answer, gold) if question.kind == "number" else _same_string(answer, gold) for gold in golds)
+
+
+def gold_text(question: Question) -> str:
+    """The gold answer in the words that a completion should end with: the letter, or the choice's text on one line."""
+    return question.answer if question.answer_as == "letter" or question.kind != "choice" else _shown(question, question.answer)
+
+
+def answer_line_complete(text: str, question: Question) -> bool:
+    """True once `text` holds a well-formed `Answer: X` line that a newline has ended: generation may stop there."""
+    if question.kind == "text" and "\n" in question.answer:
+        return False
+    decided = _decide(text[: text.rfind("\n") + 1], question)
+    return decided is not None and decided[0].form in ("line", "tag", "heading")
+
+
+def answer_stop(question: Question, prompt_ids: Sequence[int], tokenizer: Any) -> Callable[[list[int]], bool]:
+    """A request's `stop`: whether the ids drawn so far hold a complete answer line."""
+    return lambda ids: answer_line_complete(said(ids, prompt_ids, tokenizer), question)
+
+
+def statement_start(text: str) -> int | None:
+    """Where the last statement of an answer begins in `text`: what comes before it is the rationale. None if there is none."""
+    for statement in statements(text):
+        if statement.form != "denial" and (statement.form != "heading" or _is_answer_heading(text, statement)):
+            return statement.start
+    return None
+
+
+def check(question: Question, where: str) -> None:
+    """Raise a `UserError` that begins with `where` unless the gold answer is one that a completion could state."""
+    if not question.text:
+        raise UserError(f"{where}: the question is empty.")
+    if not question.answer:
+        raise UserError(f"{where}: the gold answer is missing.")
+    if question.kind == "choice" and (len(question.answer) != 1 or question.answer not in question.letters):
+        raise UserError(f"{where}: the gold answer must be one of the letters {question.letters}, not {question.answer!r}.")
+    for gold in (question.answer, *question.aliases):
+        if question.kind == "number" and parse_number(gold) is None:
+            raise UserError(
+                f"{where}: the gold answer {gold!r} is not a number; for other answers set dataset.load.kind=text "
+                "and prompt@dataset.prompt=text."
+            )
+
+
+def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
+    denied: set[str] = set()
+    for statement in statements(text):
+        answer = _value(text, statement, question)
+        if statement.form == "heading" and answer is None:
+            continue  # any other heading
+        if statement.form == "denial" and answer is not None:
+            denied.add(answer)
+            continue
+        if answer is None or answer in denied or withdrawn(text, statement, answer):
+            return None
+        return statement, answer
+    return None
+
+
+def _value(text: str, statement: Statement, question: Question) -> str | None:
+    if statement.boxed:
+        after = text[statement.resume : statement.resume + LINE].split("\n", 1)[0]
+        if statement.begin == statement.end or not box_stands(undressed(after)):
+            return None
+    heading = statement.form == "heading"
+    if question.kind == "text" or question.answer_as == "text":
+        if heading and not _is_answer_heading(text, statement):
+            return None
+        if question.kind == "choice":
+            return _choice(_content(text, statement), question)
+        if statement.form in ("prose", "denial") and not statement.boxed:  # where a string ends within prose cannot be told
+            return None
+        several = "\n" in question.answer and not statement.boxed
+        return unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
+    line = undressed(text[statement.begin : statement.end][:LINE]).strip()
+    if "\n" in line:
+        return None
+    return _letter(line, question, heading) if question.kind == "choice" else _number(line, heading)
+
+
+def _content(text: str, statement: Statement) -> str:
+    """What a statement says, without the emphasis that its cue has opened: "**Answer:** X", "**Answer: X**"."""
+    value = text[statement.begin : statement.end].strip()
+    opened = re.match(r"[\s>#-]{0,20}([*_`]{1,4})", text[statement.start : statement.begin])
+    if opened and not statement.boxed:
+        value = value.removeprefix(opened[1]).strip()
+        if value.count(opened[1]) == 1:
+            value = value.removesuffix(opened[1])
+    return value
+
+
+def _number(line: str, heading: bool) -> str | None:
+    read = read_number(line)
+    if read is None or (heading and any(c.isalnum() for c in read[1])):
+        return None
+    goes_on = re.match(rf"[{_CLOSE}.,;:(]*(?:(?:and|or)\b|[-+−]?[$£€]?\.?[0-9])", read[1])
+    return None if goes_on or not stands(read[1]) else read[0]
+
+
+_OPEN, _CLOSE = re.escape(OPENING), re.escape(CLOSING)
+_LETTER = re.compile(
+    rf"(?P<open>[{_OPEN}]*)(?:(?:the\s{{1,2}})?(?:option|choice|letter)\s{{1,3}}(?P<inner>[{_OPEN}]*))?"
+    rf"(?P<letter>[A-Za-z])(?![^\W_]|['-]\w|\.\w)(?P<close>[{re.escape(CLOSING.strip())}]*)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(rf"[{_CLOSE}]*[.,:;!]?[{_CLOSE}]*(?:[-–—]\s{{1,3}})?(?P<bracket>\()?")
+
+
+def _letter(line: str, question: Question, heading: bool) -> str | None:
+    match = _LETTER.match(line)
+    if match is None or match["letter"].upper() not in question.letters:
+        return None
+    letter, opened = match["letter"].upper(), match["open"] + (match["inner"] or "")
+    rest, set_off = line[match.end() :], bool(set(match["close"]) & set(")]"))
+    if any(opened.count(left) > line.count(right, match.end("letter")) for left, right in ("()", "[]")):
+        return None
+    if not any(c.isalnum() for c in rest):
+        return letter if stands(rest) else None
+    label = _LABEL.match(rest)
+    assert label is not None  # it matches nothing, too
+    told = rest[label.end() :].strip()
+    bare = told.rstrip(CLOSING)
+    said = {normalise(text) for text in (told, bare, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
+    choices = [normalise(undressed(choice)) for choice in question.choices]
+    own = choices[question.letters.index(letter)]
+    if normalise(line) in choices:  # "A dog" may be a choice's text
+        return letter if own == normalise(line) else None
+    small = match["letter"].islower() and not opened.strip()
+    if own in said and not (small and not set_off and rest[0] not in ".:"):
+        return letter
+    if heading or small or said & set(choices):
+        return None  # the letter of one choice with the text of another; "a dog"
+    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(normalise(told), own) and any(_begins(normalise(told), c) for c in choices):
+        return None
+    another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
+    return letter if not re.match(another, told) and stands(rest, set_off) else None
+
+
+def _begins(text: str, choice: str) -> bool:
+    return text.startswith(choice) and not text[len(choice) :][:1].isalnum()
+
+
+def _choice(value: str, question: Question) -> str | None:
+    """The letter of the one choice whose text a statement says."""
+    line = " ".join(value.split())
+    said = _plain(line)
+    shown = {letter: _shown(question, letter) for letter in question.letters}
+    plain = {letter: _plain(text) for letter, text in shown.items()}
+    without = {letter: _ARTICLE.sub("", text) for letter, text in plain.items()}
+    for written, asked in ((shown, line), (plain, said), (without, _ARTICLE.sub("", said))):
+        if alike := [letter for letter, text in written.items() if text == asked]:
+            whole = len({shown[letter] for letter in alike}) == 1 and not _asked(line, shown[alike[0]])
+            return alike[0] if whole else None
+    begun = [letter for letter, text in plain.items() if _begins(said, text)]
+    longest = max((len(plain[letter]) for letter in begun), default=0)
+    begun = [letter for letter in begun if len(plain[letter]) == longest]
+    alone = len({shown[letter] for letter in begun}) == 1
+    return begun[0] if alone and stands(said[longest:]) and not line.endswith("?") else None
+
+
+_ARTICLE = re.compile(r"^(?:the|an?) ")
+
+
+def _shown(question: Question, letter: str) -> str:
+    return " ".join(question.choices[question.letters.index(letter)].split())
+
+
+def _is_answer_heading(text: str, statement: Statement) -> bool:
+    """Whether `#### …` is an answer line and no heading: it says a number or a letter, or nothing follows it."""
+    value = text[statement.begin : statement.end].strip()
+    short = re.fullmatch(r"\W{0,4}(?:[A-Za-z]|[-+−]?[0-9][0-9.,/]{0,40})\W{0,4}", value)
+    return bool(value) and (short is not None or not text[statement.resume :].strip())
+
+
+def _same_string(answer: str, gold: str) -> bool:
+    return _plain(answer) == _plain(gold) and not _asked(answer, gold)
+
+
+def _asked(answer: str, gold: str) -> bool:
+    """Whether an answer only asks: "Paris?"."""
+    return _unmarked(answer).endswith("?") and not _unmarked(gold).endswith("?")
+
+
+def _unmarked(text: str) -> str:
+    return unwrapped(text).rstrip("*_`\"')]$ ")
+
+
+def _plain(text: str) -> str:
+    """A string without wrappers, case and closing marks, whichever of them is outside."""
+    for _ in range(DEPTH):
+        text, before = normalise(unwrapped(text)), text
+        if text == before:
+            break
+    return text
