@@ -14,7 +14,7 @@ from emreason.engines.drawing import draw_seed
 from emreason.questions.answers import answer_stop, correct, extract
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
-from emreason.scores.scoring import FORCED_TOKENS
+from emreason.scores.scoring import forced_params
 from emreason.types import Engine, Question, Rationale, Request, SamplingParams
 
 DIVERGENCE = -4
@@ -29,14 +29,13 @@ def faithful(
     Greedy, after the cue `Answer:`. "11 + 9 = 19. Answer: 20" is not faithful where the model goes on to say 19: the answer came from the
     hint. Rationales without an answer, or with no room left in the context, are left out.
     """
-    params = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
     queue: deque[Request] = deque()
     for i, r in enumerate(rationales):
         if r.answer is not None:
             prompt_ids = prompts.ids(questions[r.question_id])
             z = rationale_ids(r.token_ids, tokenizer, prompt_ids)[0]
             context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
-            queue.append(Request(i, context, params, stop=lambda _: True))
+            queue.append(Request(i, context, forced_params(questions[r.question_id], tokenizer), stop=lambda _: True))
     agree = []
     for completion in engine.generate(queue):
         key: Any = completion.request.key

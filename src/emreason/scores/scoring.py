@@ -24,7 +24,7 @@ from emreason.scores.stats import wilson
 from emreason.types import Completion, Engine, Question, Request, SamplingParams
 
 FORCED_TOKENS = 8
-"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few for more reasoning."""
+"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few to reason on. A choice's text adds its own."""
 
 MIN_SHARED = 8
 """Shortest common prefix of a batch that is worth a forward of its own."""
@@ -81,13 +81,12 @@ def predict(
     forced_answers = dict(answers)
     if forced:
         silent = silent_ids(tokenizer)
-        cue = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
         queue = deque()
         for key, completion in drawn.items():
             if answers[key] is None and completion.finish_reason != "error":
                 spoken = tuple(i for i in completion.token_ids if i not in silent)
                 context = (*completion.request.prompt_ids, *spoken, *closing_ids(texts[key], tokenizer), *prompts.answer_cue_ids)
-                queue.append(Request(key, context, cue, stop=lambda _: True))
+                queue.append(Request(key, context, forced_params(by_id[key], tokenizer), stop=lambda _: True))
         for completion in engine.generate(queue):
             key = str(completion.request.key)
             line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
@@ -107,6 +106,13 @@ def predict(
         )
         for q in questions
     ]
+
+
+def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """Greedy, with room for a letter or a number, or for the longest choice where its text is the answer."""
+    texts = question.choices if question.answer_as == "text" else ()
+    longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in texts), default=0)
+    return SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS + longest)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:

@@ -118,4 +118,5 @@ def withdrawn(text: str, statement: Statement, answer: str) -> bool:
     rest = view(text[statement.begin :])
     if _DENIES.match(rest[statement.resume - statement.begin :].lstrip()) or _WITHDRAWS.search(rest):
         return True
-    return any(m["named"].rstrip(".,") == answer.lower() for denial in (_NAMED_WRONG, _NOT_NAMED) for m in denial.finditer(rest))
+    said = answer.lower()
+    return any(m["named"].rstrip(".,") == said for denial in (_NAMED_WRONG, _NOT_NAMED) for m in denial.finditer(rest))

@@ -152,7 +152,7 @@ def _worded(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
         if bare and _reported_above(plain, at):
             return None
         end = _line_end(plain, colon.end())
-        return Statement("line", at if bare else start, colon.end(), end, end)
+        return Statement("line", at + len(before) - len(before.lstrip(" ")) if bare else start, colon.end(), end, end)
     verb = _IS.match(plain, cue.end())
     if verb is None or not (lead["whose"] or (bare and (lead["which"] or cue[0] == "answer"))):
         return None
