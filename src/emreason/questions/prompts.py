@@ -194,7 +194,7 @@ class Prompts:
         return ids
 
 
-UNRENDERED = (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError)
+UNRENDERED = (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
 """What a chat template that is wrong, or wrongly used, raises."""
 PLACEHOLDER = 0xF0000
 """First of the private characters that stand for control tokens while a prompt is rendered."""
