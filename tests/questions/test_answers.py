@@ -401,6 +401,26 @@ def test_any_choice_is_found_again_by_its_text(choices, data):
         assert correct(answer, question)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("/", "//", "%"),
+        ("The answer cannot be determined.", "The answer is (A).", "\\boxed{A}"),
+        ("If A is true, then B is false.", "If A is false, then B is false.", "Wait, A is wrong."),
+        ("(A) and (B)", "A", "none"),
+        ("\u201cNo. It\u2019s not possible!\u201d", '"If you can, wait."', "probably"),
+        ("f(x)", "$5", "-5"),
+    ],
+)
+def test_a_choice_may_say_anything(choices):
+    """Its own text after the letter, or in the letter's place, takes nothing back."""
+    for letter, choice in zip("ABC", choices, strict=True):
+        question = Question("q", "Which?", letter, "choice", choices)
+        assert extract(f"Because.\nAnswer: {letter}. {choice}", question) == letter
+        said = dataclasses.replace(question, answer_as="text")
+        assert extract(render_completion(said, "Because."), said) == letter
+
+
 # --- equality -----------------------------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,15 @@ import dataclasses
 import string
 
 import pytest
+from hydra import compose, initialize_config_dir
 from test_prompts import EXAMPLES, QUESTION, SENTINEL, TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from emreason.models.tiny import tiny_tokenizer
+from emreason.engines.inprocess import eos_token_ids
+from emreason.models.tiny import load_tiny, tiny_tokenizer
 from emreason.questions.prompts import Prompts, end_of_turn_ids, following
+from emreason.runs.experiment import CONF, build
 from emreason.types import UserError
 
 CHATML = (
@@ -157,3 +160,26 @@ def test_what_follows_a_prompt_has_no_second_space():
     assert whole[: len(begun)] == begun
     assert tokenizer.convert_ids_to_tokens(list(whole[len(begun) :])) == ["▁A"]
     assert tokenizer.convert_ids_to_tokens(list(prompts.answer_cue_ids))[0] == "\n"
+
+
+# --- where they are used --------------------------------------------------------------------------------------------------------
+
+
+def load_broken(**_):
+    model, _ = load_tiny("llama")
+    return model, tokenizer_with(CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}"))
+
+
+def test_a_run_is_refused_before_anything_is_sampled():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=["experiment=smoke", f"model.load={{_target_: {__name__}.load_broken}}", "data_root=null"])
+    with pytest.raises(UserError, match="does not show the question"):
+        build(cfg)
+
+
+@pytest.mark.parametrize(("template", "mark"), [(GEMMA, "<end_of_turn>"), (PHI, "<|end|>")])
+def test_the_engine_ends_a_completion_with_the_turn(template, mark):
+    model, _ = load_tiny("llama")
+    tokenizer = tokenizer_with(template)
+    assert {tokenizer.convert_tokens_to_ids(mark), tokenizer.eos_token_id} <= eos_token_ids(model, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in eos_token_ids(model, tokenizer)

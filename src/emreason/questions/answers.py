@@ -106,38 +106,48 @@ def check(question: Question, where: str) -> None:
 
 def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
     denied: set[str] = set()
-    for statement in statements(text):
-        answer = _value(text, statement, question)
-        if statement.form == "heading" and answer is None:
+    found = list(statements(text))
+    for i, statement in enumerate(found):
+        if statement.form in ("prose", "denial", "box") and not (statement.boxed and question.kind == "text"):
+            outer = next((s for s in found[i:] if s.form == "line" and s.begin <= statement.start < s.end), None)
+            if outer is not None and (value := _value(text, outer, question)) is not None and value[1] == outer.resume:
+                statement = outer  # a choice's text may say what the answer is
+        value = _value(text, statement, question)
+        if statement.form == "heading" and value is None:
             continue  # any other heading
-        if statement.form == "denial" and answer is not None:
-            denied.add(answer)
-            continue
-        if answer is None or answer in denied or withdrawn(text, statement, answer):
+        if value is None or value[0] in denied:
             return None
-        return statement, answer
+        answer, end = value
+        if statement.form == "denial":
+            denied.add(answer)
+        else:
+            return None if withdrawn(text, statement, answer, end) else (statement, answer)
     return None
 
 
-def _value(text: str, statement: Statement, question: Question) -> str | None:
+def _value(text: str, statement: Statement, question: Question) -> tuple[str, int] | None:
+    """The answer of a statement, and from where on the text may take it back: after a choice's text, which may say anything."""
     if statement.boxed:
         after = text[statement.resume : statement.resume + LINE].split("\n", 1)[0]
         if statement.begin == statement.end or not box_stands(undressed(after)):
             return None
     heading = statement.form == "heading"
-    if question.kind == "text" or question.answer_as == "text":
+    answer: str | None = None
+    whole = question.kind == "text" or question.answer_as == "text"
+    if whole:
         if heading and not _is_answer_heading(text, statement):
             return None
         if question.kind == "choice":
-            return _choice(_content(text, statement), question)
-        if statement.form in ("prose", "denial") and not statement.boxed:  # where a string ends within prose cannot be told
-            return None
-        several = "\n" in question.answer and not statement.boxed
-        return unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
-    line = undressed(text[statement.begin : statement.end][:LINE]).strip()
-    if "\n" in line:
-        return None
-    return _letter(line, question, heading) if question.kind == "choice" else _number(line, heading)
+            answer = _choice(_content(text, statement), question)
+        elif statement.form not in ("prose", "denial") or statement.boxed:  # where a string ends within prose cannot be told
+            several = "\n" in question.answer and not statement.boxed
+            answer = unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
+    elif "\n" not in (line := undressed(text[statement.begin : statement.end][:LINE]).strip()):
+        if question.kind == "number":
+            answer = _number(line, heading)
+        else:
+            answer, whole = _letter(line, question, heading)
+    return None if answer is None else (answer, statement.resume if whole else statement.begin)
 
 
 def _content(text: str, statement: Statement) -> str:
@@ -168,34 +178,41 @@ _LETTER = re.compile(
 _LABEL = re.compile(rf"[{_CLOSE}]*[.,:;!]?[{_CLOSE}]*(?:[-–—]\s{{1,3}})?(?P<bracket>\()?")
 
 
-def _letter(line: str, question: Question, heading: bool) -> str | None:
+def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, bool]:
+    """The letter that a line says, and whether its choice's text is the rest of the line."""
+    none = (None, False)
     match = _LETTER.match(line)
     if match is None or match["letter"].upper() not in question.letters:
-        return None
+        return none
     letter, opened = match["letter"].upper(), match["open"] + (match["inner"] or "")
     rest, set_off = line[match.end() :], bool(set(match["close"]) & set(")]"))
     if any(opened.count(left) > line.count(right, match.end("letter")) for left, right in ("()", "[]")):
-        return None
-    if not any(c.isalnum() for c in rest):
-        return letter if stands(rest) else None
+        return none
     label = _LABEL.match(rest)
     assert label is not None  # it matches nothing, too
     told = rest[label.end() :].strip()
-    bare = told.rstrip(CLOSING)
-    said = {normalise(text) for text in (told, bare, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
-    choices = [normalise(undressed(choice)) for choice in question.choices]
+    bracketed = f"{label['bracket'] or ''}{told}"
+    said = {_core(text) for text in (told, bracketed, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
+    choices = [_core(undressed(choice)) for choice in question.choices]
     own = choices[question.letters.index(letter)]
-    if normalise(line) in choices:  # "A dog" may be a choice's text
-        return letter if own == normalise(line) else None
+    if _core(line) in choices and any(c.isalnum() for c in rest):  # "A dog" may be a choice's text
+        return (letter if own == _core(line) else None), False
     small = match["letter"].islower() and not opened.strip()
     if own in said and not (small and not set_off and rest[0] not in ".:"):
-        return letter
+        return letter, own == _core(bracketed)
+    if not any(c.isalnum() for c in rest):
+        return (letter if stands(rest) else None), False
     if heading or small or said & set(choices):
-        return None  # the letter of one choice with the text of another; "a dog"
-    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(normalise(told), own) and any(_begins(normalise(told), c) for c in choices):
-        return None
+        return none  # the letter of one choice with the text of another; "a dog"
+    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(_core(told), own) and any(_begins(_core(told), c) for c in choices):
+        return none
     another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
-    return letter if not re.match(another, told) and stands(rest, set_off) else None
+    return (letter if not re.match(another, told) and stands(rest, set_off) else None), False
+
+
+def _core(text: str) -> str:
+    plain = normalise(text)
+    return plain.strip(" \"'.!?,;:()*_`$") or plain
 
 
 def _begins(text: str, choice: str) -> bool:

@@ -113,10 +113,10 @@ def box_stands(rest: str) -> bool:
     return "?" not in sentence and not _HEDGES.match(said) and not _DENIES.match(said)
 
 
-def withdrawn(text: str, statement: Statement, answer: str) -> bool:
-    """Whether the text after a statement takes it back: "Wait, that's wrong.", "I made a mistake", "but B is wrong"."""
-    rest = view(text[statement.begin :])
-    if _DENIES.match(rest[statement.resume - statement.begin :].lstrip()) or _WITHDRAWS.search(rest):
+def withdrawn(text: str, statement: Statement, answer: str, begin: int) -> bool:
+    """Whether the text from `begin` on takes a statement back: "Wait, that's wrong.", "I made a mistake", "but B is wrong"."""
+    rest = view(text[begin:])
+    if _DENIES.match(rest[statement.resume - begin :].lstrip()) or _WITHDRAWS.search(rest):
         return True
     said = answer.lower()
     return any(m["named"].rstrip(".,") == said for denial in (_NAMED_WRONG, _NOT_NAMED) for m in denial.finditer(rest))
