@@ -108,6 +108,19 @@ def test_an_iteration_is_compared_by_the_time_of_its_whole_process():
     assert rows[0]["other_seconds"] == 54.0
 
 
+def test_seeds_are_one_row_of_means_with_what_was_learned():
+    def ran(seconds, accuracies):
+        row = {"work": "w", "e_step_seconds": seconds / 2, "accepted": [9, 9], "accuracies": accuracies}
+        return {"rows": [row], "dtype": "float32", "process_seconds": seconds, "peak_memory_bytes": int(seconds)}
+
+    made = results.over_seeds([ran(10.0, [0.7]), ran(20.0, [0.1, 0.5]), ran(30.0, [0.0, 0.1, 0.4])])
+    (one,) = made["rows"]
+    assert (made["process_seconds"], made["peak_memory_bytes"], one["e_step_seconds"]) == (20.0, 30, 10.0)
+    assert (one["reached"], one["seeds"], one["iterations"]) == (2, 3, [1, 2, 3])
+    assert one["accuracy"] == pytest.approx(0.8 / 3)
+    assert results.over_seeds([ran(1.0, [1.0]), {"error": "no"}]) == {"error": "no"}
+
+
 def test_growth_is_the_slope_in_logarithms():
     rows = [
         row(OURS, f"{n}", "growth", questions=n, seconds=0.1 * n**1.2, peak_memory_bytes=100 + 5 * i, tokens=n)
@@ -154,10 +167,10 @@ def test_the_straightforward_script_is_star():
 def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     """The whole command on the tiny model: our sampler's sequences are what is trained on, and transformers runs beside it."""
 
-    def run_here(contender, work, *_):
+    def run_here(contender, work, *more):
         result = work.with_name("result.json")
         script = contenders.RUNNERS / contender.script
-        monkeypatch.setattr(sys, "argv", [str(script), str(work), str(result), *contender.options])
+        monkeypatch.setattr(sys, "argv", [str(script), str(work), str(result), *contender.options, *more[3:]])
         start = time.perf_counter()
         runpy.run_path(str(script), run_name="__main__")
         return json.loads(result.read_text()) | {"process_seconds": time.perf_counter() - start, "peak_memory_bytes": 1}
@@ -168,7 +181,7 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "matmul_peak", lambda _: {"float32": 1.0})
     monkeypatch.setattr(contenders, "CONTENDERS", [c for c in contenders.CONTENDERS if "1024" not in c.options])
     names = [f"E-step: {OURS}", "generate, 64 rows", f"M-step: {OURS}", f"iteration: {OURS}", "growth"]
-    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path), "--model", "tiny_llama", "--only", *names])
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path), "--model", "tiny_llama", "--seeds", "1", "2", "--only", *names])
     bench.main()
     result = json.loads((tmp_path / "bench.json").read_text())
     rows = result["rows"]
@@ -183,6 +196,9 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert trained[0]["losses"][0] > 0
     (iteration,) = [r for r in rows if r["phase"] == "iteration"]
     assert 0 < iteration["accepted"] <= 128
+    assert iteration["seeds"] == 2
+    assert iteration["iterations"] == [3, 3]  # the tiny model never gets there
+    assert iteration["reached"] == 0
     assert 0 < iteration["overhead"] < iteration["overhead_of_run"] < 1
     work = {"decoding", "forward", "backward", "optimizer"}
     assert set(iteration["seconds_inside"]) == work | {"loading", "checkpoints", "export"}

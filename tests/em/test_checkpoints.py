@@ -75,3 +75,16 @@ def test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes(tmp_path):
     assert torch.load(tmp_path / "parts/checkpoints/last.ckpt", weights_only=True)["optimizer_states"] == []
     parts, whole = train(config(*reset), tmp_path / "parts"), train(config(*reset), tmp_path / "whole")
     assert parts["iterations"][1]["m_step"]["nll"] == whole["iterations"][1]["m_step"]["nll"]
+
+
+def test_a_resumed_run_in_bfloat16_ends_at_the_same_bits(tmp_path):
+    overrides = ["engine.dtype=bfloat16", "peft=none"]
+    train(config(*overrides), tmp_path / "run")
+    for folder in ("run", "whole"):
+        train(config(*overrides, "trainer.max_epochs=3"), tmp_path / folder)
+    resumed, whole = (torch.load(tmp_path / f / "checkpoints/last.ckpt", weights_only=True) for f in ("run", "whole"))
+    for a, b in zip(resumed["master_weights"], whole["master_weights"], strict=True):
+        assert torch.equal(a, b)
+    assert resumed["state_dict"].keys() == whole["state_dict"].keys()
+    assert all(torch.equal(resumed["state_dict"][key], value) for key, value in whole["state_dict"].items())
+    assert any(not torch.equal(m.bfloat16(), p) for m, p in zip(whole["master_weights"], whole["state_dict"].values(), strict=False))

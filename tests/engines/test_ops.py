@@ -8,19 +8,19 @@ from collections import deque
 import pytest
 import torch
 
-from emreason.engines import ops
 from emreason.engines.inprocess import InProcessEngine
 from emreason.engines.ops import Kernels, TorchOps
+from emreason.models import kernels as compiled
 from emreason.models.tiny import load_tiny
 from emreason.types import Request, SamplingParams
 
-needs_compiler = pytest.mark.skipif(ops.library(torch.float32) is None, reason="no C compiler here: torch's operations are used")
+needs_compiler = pytest.mark.skipif(compiled.library(torch.float32) is None, reason="no C compiler here: torch's operations are used")
 
 SHAPES = [(1, 9, 3, 64, 40), (5, 4, 2, 128, 70), (2, 4, 4, 32, 300), (130, 9, 3, 64, 300)]  # rows, heads, kv_heads, D, width
 
 
 def both(dtype, heads, dim):
-    return Kernels(ops.library(dtype), heads, dim, 1e-5), TorchOps(heads, dim, 1e-5)
+    return Kernels(compiled.library(dtype), heads, dim, 1e-5), TorchOps(heads, dim, 1e-5)
 
 
 def error(pair, reference):
@@ -86,9 +86,9 @@ def test_without_a_compiler_the_same_is_drawn(monkeypatch, compiler):
 
     expected = outcome()
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
-    ops.compile_ahead.cache_clear()
+    compiled.compile_ahead.cache_clear()
     try:
         assert outcome() == expected
-        assert ops.library(torch.float32) is None
+        assert compiled.library(torch.float32) is None
     finally:
-        ops.compile_ahead.cache_clear()
+        compiled.compile_ahead.cache_clear()

@@ -20,7 +20,7 @@ from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import _plots, palette
 from emreason.reports.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import collect, differing_keys
-from emreason.reports.tables import duration, escape_latex, escape_markdown, thousands
+from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, thousands
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
 from emreason.types import UserError
@@ -188,15 +188,35 @@ def test_mean_interval_bold_and_significance(grid):
     ]
 
 
-def test_one_seed_gets_wilson_and_mcnemar(tmp_path):
+def test_one_seed_compares_models_with_their_baseline_and_not_schemes(tmp_path):
     runs = collect([write_run(tmp_path / s, s) for s in NAMES])
     comparison = compare(runs)
     cell = next(cell for cell in comparison.cells if cell.scheme == "PPS")
     assert (cell.low, cell.high) == pytest.approx(stats.wilson(49, 100))
-    assert {pair.test for pair in comparison.pairs} == {"exact McNemar"}
     assert cell.interval == "wilson"
+    assert [(p.first, p.second, p.test) for p in comparison.pairs] == [(s, "few-shot baseline", "exact McNemar") for s in NAMES.values()]
     raw = [pair.difference.p for pair in comparison.pairs]
     assert [pair.p_holm for pair in comparison.pairs] == pytest.approx(stats.holm(raw))
+    assert not any(cell.best or cell.p_vs_best for cell in comparison.cells)
+    (note,) = comparison.notes
+    assert note.startswith("One seed of RS-4, STaR, PPS on sums with smollm2_135m: it compares trained models, not schemes")
+    write_report(runs, tmp_path / "r")
+    table = (tmp_path / "r/table.md").read_text()
+    first = table[: table.index("Paired comparisons")]
+    assert "†" not in first.replace(caption(), "")
+    assert "**" not in first.replace(caption(), "").split("|", 1)[1]
+    assert "compares trained models, not schemes" in table
+    assert "compares trained models, not schemes" in printed(runs)
+
+
+def test_a_scheme_with_one_seed_beside_others_with_more_takes_the_bold_away(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"rs{seed}", "rs", seed)
+    write_run(tmp_path / "pps1", "pps", 1)
+    comparison = compare(collect([tmp_path]))
+    assert not any(cell.best for cell in comparison.cells)
+    assert {(p.first, p.second) for p in comparison.pairs} == {("RS-4", "few-shot baseline"), ("PPS", "few-shot baseline")}
+    assert any(note.startswith("One seed of PPS on sums") for note in comparison.notes)
 
 
 def test_what_does_not_count_is_named_and_not_averaged(grid):
@@ -305,13 +325,16 @@ def test_seeds_are_told_from_settings_that_happen_to_equal_a_seed(tmp_path):
 
 
 def test_pairs_use_the_same_questions_only(tmp_path):
-    a, b = write_run(tmp_path / "a", "rs"), write_run(tmp_path / "b", "pps")
-    lines = (b / "predictions/test.jsonl").read_text().splitlines()
-    other_gold = json.dumps(json.loads(lines[0]) | {"gold": "16"})  # the same id, another question
-    (b / "predictions/test.jsonl").write_text("\n".join([other_gold, *lines[1:60], '{"torn', ""]))
-    assert compare(collect([a, b])).pairs[0].difference.questions == 59
-    (b / "predictions/test.jsonl").unlink()
-    comparison = compare(collect([a, b]))
+    of_rs = [write_run(tmp_path / f"a{seed}", "rs", seed) for seed in (1, 2)]
+    of_pps = [write_run(tmp_path / f"b{seed}", "pps", seed) for seed in (1, 2)]
+    for b in of_pps:
+        lines = (b / "predictions/test.jsonl").read_text().splitlines()
+        other_gold = json.dumps(json.loads(lines[0]) | {"gold": "16"})  # the same id, another question
+        (b / "predictions/test.jsonl").write_text("\n".join([other_gold, *lines[1:60], '{"torn', ""]))
+    assert compare(collect(of_rs + of_pps)).pairs[0].difference.questions == 59
+    for b in of_pps:
+        (b / "predictions/test.jsonl").unlink()
+    comparison = compare(collect(of_rs + of_pps))
     assert [(p.first, p.second) for p in comparison.pairs] == [("RS-4", "few-shot baseline")]
     assert any("No paired test: PPS" in note for note in comparison.notes)
 

@@ -59,7 +59,7 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, name):
         assert two["rationales"] == one["rationales"]
         assert two["error"] == one["error"]
         assert two["files"] == one["files"]
-        assert two["weights"] == pytest.approx(one["weights"], rel=1e-6)
+        assert two["weights"] == pytest.approx(one["weights"], rel=1e-3 if name == "bfloat16" else 1e-6)
     assert (one["error"] is not None) == (name == "none and none")
     assert ranks[0][name]["weights"] == ranks[1][name]["weights"]
 

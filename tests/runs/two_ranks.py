@@ -30,6 +30,7 @@ CASES = {
     # the control variate's β is over all ranks' questions, and the second iteration trains on the first one's hinted rationales
     "trice": (5, lambda i, attempt: attempt == 2 or i in (1, 2), "error", scheme("star", keep=2, weigh="trice")),
     "rloo": (5, lambda i, attempt: attempt <= i % 3, "error", scheme("rs", 3, keep=3, weigh="rloo")),
+    "bfloat16": (5, lambda i, _: i != 2, "error", RS),
     "adaptive": (7, lambda i, attempt: i % 2 == 0 or attempt == 2, "error", scheme("star", choose="adaptive", share=0.5)),
 }
 
@@ -39,7 +40,8 @@ def run(folder: Path, name: str, devices: int) -> dict:
     n, right, on_zero, scheme_ = CASES[name]
     questions = numbers(n)
     index = {q.id: i for i, q in enumerate(questions)}
-    module = em_module(m_step=MStep(max_grad_norm=None, batch_size=2, on_zero_accepted=on_zero))
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    module = em_module(m_step=MStep(max_grad_norm=None, batch_size=2, on_zero_accepted=on_zero), dtype=dtype)
     module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda request: right(index[request.key[0]], request.key[1])))
     journal = Journal(folder / name / str(devices))
     trainer = L.Trainer(

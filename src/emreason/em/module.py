@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emreason.em.m_step import MStep
 from emreason.em.steps import Step
-from emreason.models.masters import master_weights
+from emreason.models.masters import master_weights, publish
 from emreason.progress import bar
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
@@ -32,7 +32,7 @@ class EMModule(L.LightningModule):
         max_new_tokens: of greedy evaluation.
         forced: also measure accuracy with a forced answer line.
         bound: K > 0: validation also estimates log π(y*|x) from K draws of each of the first `bound_questions` questions.
-        seed: of those draws.
+        seed: of those draws, and of rounding.
         extendable: False: the checkpoint of the last iteration does without the optimizer, nobody will train on from it.
     """
 
@@ -87,20 +87,15 @@ class EMModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = self.trainable()
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+        if any(p.dtype == torch.bfloat16 for p in parameters):
             self._masters = master_weights(parameters, self._restored_masters)
             optimizer = self.make_optimizer(self._masters)
-            optimizer.register_step_post_hook(lambda *_: self._publish_masters())
+            optimizer.register_step_post_hook(lambda *_: publish(self._masters, self.trainable(), self.seed))
         else:
             optimizer = self.make_optimizer(parameters)
         warmup = self.m_step.warmup_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    @torch.no_grad()
-    def _publish_masters(self) -> None:
-        for parameter, master in zip(self.trainable(), self._masters, strict=True):
-            parameter.copy_(master)
 
     def on_train_epoch_start(self) -> None:
         self.train()  # models from `from_pretrained` start in eval mode

@@ -19,7 +19,8 @@ class Cell:
 
     Accuracies in [0, 1]. `low`–`high` is the t-interval of the mean over seeds (`interval == "t"`), or the Wilson interval
     over questions where there is nothing to average: one seed, or a baseline that is the same at every seed because the
-    base model is. `p_vs_best` is Holm-corrected over all pairs of the report.
+    base model is. `best` where every scheme has several seeds: one seed compares two models, not two schemes. `p_vs_best` is
+    Holm-corrected over all pairs of the report.
     """
 
     dataset: str
@@ -39,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two schemes, or a scheme and the few-shot baseline, on the same test questions: first − second, raw and Holm-corrected p-value."""
+    """Two schemes over several seeds, or a scheme and the few-shot baseline, on the same test questions: first − second, p and Holm's p."""
 
     dataset: str
     model: str
@@ -63,7 +64,7 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """Count the finished runs, compare their schemes pairwise, and name everything that was left out."""
     counted, notes = _countable(runs)
-    notes += _gaps(runs, counted)
+    notes += _gaps(runs, counted) + _single_seeds(counted)
     pairs, pair_notes = _pairs(counted)
     cells = [cell for group in _groups(runs) for cell in _cells(group, counted, pairs)]
     return Comparison(cells, pairs, notes + pair_notes, counted)
@@ -112,6 +113,20 @@ def _gaps(runs: Sequence[Run], counted: Sequence[Run]) -> list[str]:
     return notes
 
 
+def _single_seeds(counted: Sequence[Run]) -> list[str]:
+    """Where schemes stand side by side with one seed, which says something about two models and nothing about two schemes."""
+    notes = []
+    for group in _groups(counted):
+        seeds = {label: {run.seed for run in group if run.label == label} for label in dict.fromkeys(run.label for run in group)}
+        single = [label for label, of_label in seeds.items() if len(of_label) == 1]
+        if single and len(seeds) > 1:
+            notes.append(
+                f"One seed of {', '.join(single)} on {group[0].dataset} with {group[0].model}: it compares trained models, not schemes, so "
+                "none is called the best or different from another; run more seeds (seed=1,2,3)."
+            )
+    return notes
+
+
 def _cells(group: Sequence[Run], counted: Sequence[Run], pairs: Sequence[Pair]) -> list[Cell]:
     dataset, model = group[0].dataset, group[0].model
     inside = [run for run in counted if (run.dataset, run.model) == (dataset, model)]
@@ -127,8 +142,8 @@ def _cells(group: Sequence[Run], counted: Sequence[Run], pairs: Sequence[Pair]) 
     top = max((cell.accuracy for cell in cells if cell.accuracy is not None), default=None)
     measured_cells = [cell for cell in cells if cell.accuracy is not None]
     best = {cell.scheme for cell in measured_cells if cell.accuracy == top}
-    if len(best) == len(measured_cells) > 1:
-        best = set()  # where all are equal none is the best
+    if len(best) == len(measured_cells) > 1 or any(cell.seeds == 1 for cell in measured_cells if not cell.baseline):
+        best = set()  # where all are equal none is the best, and one seed cannot tell
     p_values = {frozenset((p.first, p.second)): p.p_holm for p in pairs if (p.dataset, p.model) == (dataset, model)}
 
     def against_best(scheme: str) -> float | None:
@@ -172,7 +187,9 @@ def _answers(run: Run, of: str) -> Answers:
 
 
 def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
-    """Every pair of schemes, and each scheme against the few-shot baseline, on the seeds and questions both have; Holm over all of them."""
+    """Pairs of schemes that share several seeds, and each scheme against the few-shot baseline, on the seeds and questions that both have;
+    Holm over all of them.
+    """
     found: list[Pair] = []
     notes: list[str] = []
     for group in _groups(counted):
@@ -184,7 +201,7 @@ def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
         sides[FEW_SHOT] = {run.seed: answers for run in group if (answers := _answers(run, "baseline_few_shot_test"))}
         for first, second in combinations(sides, 2):
             seeds = [s for s in sides[first] if sides[first][s].keys() & sides[second].get(s, {}).keys()]
-            if seeds:
+            if len(seeds) > 1 or (seeds and second == FEW_SHOT):
                 difference, test = _paired([sides[first][s] for s in seeds], [sides[second][s] for s in seeds])
                 found.append(Pair(group[0].dataset, group[0].model, first, second, difference, test, 1.0))
     adjusted = stats.holm([pair.difference.p for pair in found])

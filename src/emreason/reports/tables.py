@@ -88,7 +88,7 @@ def caption() -> str:
     """What the marks of the paper's table mean."""
     return (
         "Mean ± 95 % t-interval over seeds, number of seeds in brackets; [low, high]: 95 % Wilson interval over questions, where "
-        "there is one seed or the seeds share the base model; bold: best of its column; "
+        "there is one seed or the seeds share the base model; bold: best of its column, where every scheme has several seeds; "
         f"{DAGGER}: differs from the best, paired test on the same questions, Holm-corrected p < {SIGNIFICANT}."
     )
 
@@ -111,7 +111,10 @@ def pairs_table(comparison: Comparison) -> Table:
     ]
     columns = ["dataset", "model", "pair", "difference (points)", "p", "p (Holm)", "seeds", "questions", "test"]
     return Table(
-        "Paired comparisons (bootstrap over questions and seeds, or exact McNemar within one seed)", columns, rows, (3, 4, 5, 6, 7)
+        "Paired comparisons (bootstrap over questions and seeds; within one seed exact McNemar, against the baseline only)",
+        columns,
+        rows,
+        (3, 4, 5, 6, 7),
     )
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from emreason.engines.ops import compile_ahead
+from emreason.models.kernels import compile_ahead
 from emreason.models.loading import choose_dtype
 from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
 from emreason.questions.datasets import Dataset

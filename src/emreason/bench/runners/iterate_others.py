@@ -1,6 +1,6 @@
-"""Whole-iteration contender: the script that one would write with TRL and `generate`, or with vLLM in a process of its own.
+"""EM contender: the script that one would write with TRL and `generate`, or with vLLM in a process of its own.
 
-`python iterate_others.py WORK RESULT generate|vllm DTYPE [key=value of SFTConfig …] [interpreter that has vLLM]`
+`python iterate_others.py WORK RESULT generate|vllm DTYPE seed=N [key=value of SFTConfig …] [interpreter that has vLLM]`
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def with_generate(model: Any, tokenizer: Any, max_new_tokens: int) -> Sample:
     return sample
 
 
-def with_vllm(path: str, dtype: str, max_new_tokens: int, device: str) -> tuple[Sample, Any]:
+def with_vllm(path: str, dtype: str, seed: int, max_new_tokens: int, device: str) -> tuple[Sample, Any]:
     """vLLM on the weights in `path`, and its tokenizer; on a CPU uncompiled, which is slower to decode but much faster to start."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=path, dtype=dtype, max_model_len=1024, enforce_eager=device == "cpu", max_num_seqs=64)
+    engine = LLM(model=path, dtype=dtype, max_model_len=1024, seed=seed, enforce_eager=device == "cpu", max_num_seqs=64)
 
     def sample(prompts: Sequence[list[int]], temperature: float) -> list[list[int]]:
         params = SamplingParams(temperature=temperature, top_k=0, top_p=1.0, max_tokens=max_new_tokens)
@@ -83,9 +83,9 @@ def with_vllm(path: str, dtype: str, max_new_tokens: int, device: str) -> tuple[
     return sample, engine.get_tokenizer()
 
 
-def vllm_stage(iteration: dict[str, Any], stage: str, path: str, dtype: str, device: str) -> dict[str, Any]:
+def vllm_stage(iteration: dict[str, Any], stage: str, path: str, dtype: str, seed: int, device: str) -> dict[str, Any]:
     """What a vLLM process does between its start and its end: the E-step, or the evaluation."""
-    sample, tokenizer = with_vllm(path, dtype, iteration["max_new_tokens"], device)
+    sample, tokenizer = with_vllm(path, dtype, seed, iteration["max_new_tokens"], device)
     start = time.perf_counter()
     made: dict[str, Any] = {}
     if stage == "sample":
@@ -123,58 +123,63 @@ def train(model: Any, tokenizer: Any, accepted: Sequence[Any], iteration: dict[s
 
 
 def main(work: dict[str, Any], how: str, dtype: str, options: dict[str, Any], vllm: str | None) -> dict[str, Any]:
-    """One iteration. Sampling is in `dtype` (of a copy, where the trained weights are fp32); training keeps fp32 weights."""
+    """EM iterations up to the accuracy asked for. Sampling is in `dtype` (of a copy, where the trained weights are fp32); training keeps
+    fp32 weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    iteration, device = work["iteration"], work["device"]
-    row: dict[str, Any] = {"work": iteration["name"]}
-    torch.manual_seed(0)
-
-    def stage(name: str, path: str) -> dict[str, Any]:
-        assert vllm is not None
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "result.json"
-            subprocess.run([vllm, "-P", __file__, sys.argv[1], str(result), "vllm-stage", dtype, name, path], check=True)
-            made: dict[str, Any] = json.loads(result.read_text())
-            return made
-
-    if how == "vllm":
-        made = stage("sample", work["model"])
-        accepted, row["e_step_seconds"] = made["accepted"], made["seconds"]
+    iteration, device, seed = work["iteration"], work["device"], options["seed"]
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
+
+    def stage(name: str) -> dict[str, Any]:
+        """What vLLM makes of today's weights, in a process of its own."""
+        assert vllm is not None
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            result = Path(folder) / "result.json"
+            subprocess.run([vllm, "-P", __file__, sys.argv[1], str(result), "vllm-stage", dtype, str(seed), name, folder], check=True)
+            made: dict[str, Any] = json.loads(result.read_text())
+            return made
 
     def sampler() -> Sample:
         copied = model if dtype == "float32" else copy.deepcopy(model).to(getattr(torch, dtype))
         return with_generate(copied.eval(), tokenizer, iteration["max_new_tokens"])
 
-    start = time.perf_counter()
-    if how == "generate":
-        accepted = star(iteration["train"], sampler(), iteration["temperature"], tokenizer.decode)
-        row["e_step_seconds"] = time.perf_counter() - start
-    row["accepted"] = len(accepted)
-    start = time.perf_counter()
-    row["steps"] = train(model, tokenizer, accepted, iteration, device, options) if accepted else 0
-    row["m_step_seconds"] = time.perf_counter() - start
-    if how == "generate":
+    row: dict[str, Any] = {"work": iteration["name"], "accepted": [], "steps": [], "accuracies": []}
+    row |= {f"{phase}_seconds": 0.0 for phase in ("e_step", "m_step", "evaluation")}
+    while len(row["accuracies"]) < iteration["most_iterations"] and max(row["accuracies"], default=0.0) < iteration["target"]:
         start = time.perf_counter()
-        row["accuracy"] = accuracy(iteration["validation"], sampler(), tokenizer.decode)
-        row["evaluation_seconds"] = time.perf_counter() - start
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            del model
-            made = stage("evaluate", folder)
-        row["accuracy"], row["evaluation_seconds"] = made["accuracy"], made["seconds"]
+        if how == "vllm":
+            made = stage("sample")
+            accepted, seconds = made["accepted"], made["seconds"]
+        else:
+            accepted = star(iteration["train"], sampler(), iteration["temperature"], tokenizer.decode)
+            seconds = time.perf_counter() - start
+        row["e_step_seconds"] += seconds
+        start = time.perf_counter()
+        row["steps"].append(train(model, tokenizer, accepted, iteration, device, options) if accepted else 0)
+        row["m_step_seconds"] += time.perf_counter() - start
+        row["accepted"].append(len(accepted))
+        start = time.perf_counter()
+        if how == "vllm":
+            made = stage("evaluate")
+            right, seconds = made["accuracy"], made["seconds"]
+        else:
+            right = accuracy(iteration["validation"], sampler(), tokenizer.decode)
+            seconds = time.perf_counter() - start
+        row["evaluation_seconds"] += seconds
+        row["accuracies"].append(right)
     return {"rows": [row], "dtype": dtype}
 
 
 if __name__ == "__main__":
     read, how_, dtype_, rest = json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], sys.argv[4], sys.argv[5:]
     if how_ == "vllm-stage":
-        result = vllm_stage(read["iteration"], rest[0], rest[1], dtype_, read["device"])
+        result = vllm_stage(read["iteration"], rest[1], rest[2], dtype_, int(rest[0]), read["device"])
     else:
         pairs = dict(text.split("=", 1) for text in rest if "=" in text)
         python = next((text for text in rest if "=" not in text), None)

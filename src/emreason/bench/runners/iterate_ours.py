@@ -1,4 +1,4 @@
-"""Whole-iteration contender: `emreason.train.train` with one EM iteration. `python iterate_ours.py WORK RESULT`."""
+"""EM contender: `emreason.train.train` up to the accuracy asked for. `python iterate_ours.py WORK RESULT seed=N`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from emreason import train
 from emreason.bench.work import ITERATION, configured
 from emreason.em import module
 from emreason.em.e_step import EStep
+from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
 from emreason.runs.journal import AtomicCheckpointIO
 
@@ -72,7 +73,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def mark(self, owner: Any, name: str) -> None:
-        """Note when `owner.name` begins and ends, the last time that it is called."""
+        """Note when `owner.name` begins, the first time that it is called, and when it ends, the last time."""
         function = self._take(owner, name)
 
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -80,9 +81,14 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
+                begun = self.marks.get(name, (begun,))[0]
                 self.marks[name] = (begun, Moment(time.perf_counter(), dict(self.seconds)))
 
         setattr(owner, name, marked)
+
+    def replace(self, owner: Any, name: str, change: Callable[[Any], Any]) -> None:
+        """Replace `owner.name` by what `change` makes of it."""
+        setattr(owner, name, change(self._take(owner, name)))
 
     def _take(self, owner: Any, name: str) -> Any:
         function = getattr(owner, name)
@@ -102,13 +108,13 @@ class Clock:
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
 
-def main(work: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The iteration in a fresh run folder. `overhead` is the share of its time, from the beginning of the E-step to its checkpoint, that is
+def main(work: dict[str, Any], seed: str, folder: Path) -> dict[str, Any]:
+    """The iterations in a fresh run folder. `overhead` is the share of their time, from the first E-step to the last checkpoint, that is
     spent outside the engine's decoding, forward, backward and optimizer; `overhead_of_run` also counts the run's start and end, without
     loading the model.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    cfg = configured(*work["iteration"]["overrides"])
+    cfg = configured(*work["iteration"]["overrides"], seed)
     with Clock() as clock:
         clock.wrap(train, "build", "loading")
         clock.wrap(AtomicCheckpointIO, "save_checkpoint", "checkpoints")
@@ -119,20 +125,21 @@ def main(work: dict[str, Any], folder: Path) -> dict[str, Any]:
         clock.wrap(LightningOptimizer, "step", "optimizer")
         clock.mark(EStep, "run")
         clock.mark(L.Trainer, "fit")
+        clock.replace(EMModule, "validation_step", lambda step: _and_stop(step, work["iteration"]["target"]))
         start = time.perf_counter()
         summary = train.train(cfg, folder)
         total = time.perf_counter() - start
     began, ended = clock.marks["run"][0], clock.marks["fit"][1]
     work_within, work_in_all = (sum(seconds.get(kind, 0.0) for kind in WORK) for seconds in (ended.seconds, clock.seconds))
-    (iteration,) = summary["iterations"]
+    iterations = summary["iterations"]
     row = {
         "work": ITERATION,
-        "e_step_seconds": iteration["e_step"]["seconds"],
-        "m_step_seconds": iteration["m_step"]["seconds"],
-        "evaluation_seconds": iteration["validation"]["seconds"],
-        "accepted": iteration["e_step"]["accepted"],
-        "steps": iteration["m_step"]["steps"],
-        "accuracy": iteration["validation"]["accuracy"],
+        "e_step_seconds": sum(i["e_step"]["seconds"] for i in iterations),
+        "m_step_seconds": sum(i["m_step"]["seconds"] for i in iterations),
+        "evaluation_seconds": sum(i["validation"]["seconds"] for i in iterations),
+        "accepted": [i["e_step"]["accepted"] for i in iterations],
+        "steps": [i["m_step"]["steps"] for i in iterations],
+        "accuracies": [i["validation"]["accuracy"] for i in iterations],
         "overhead": 1 - work_within / (ended.at - began.at),
         "overhead_of_run": 1 - work_in_all / (total - clock.seconds["loading"]),
         "seconds_inside": clock.seconds,
@@ -140,6 +147,17 @@ def main(work: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"rows": [row], "dtype": summary["dtype"]}
 
 
+def _and_stop(step: Callable[..., None], target: float) -> Callable[..., None]:
+    """A validation step after which the run ends where it has reached the target."""
+
+    def validation_step(module: EMModule, *args: Any) -> None:
+        step(module, *args)
+        if module.scores["validation"]["accuracy"] >= target:
+            module.trainer.should_stop = True
+
+    return validation_step
+
+
 if __name__ == "__main__":
-    made = main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]).parent / "run")
+    made = main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[3], Path(sys.argv[2]).parent / "run")
     Path(sys.argv[2]).write_text(json.dumps(made))

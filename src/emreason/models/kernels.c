@@ -142,3 +142,15 @@ void attend(
         else attend_one(q, k, v, c, s, K, V, o, room, at[r], group, D, scale);
     }
 }
+
+/* out [n] = x [n] rounded up or down to bfloat16, by the low 16 bits of x against a number that a hash of (key, i) draws */
+void publish(const float *restrict x, uint16_t *restrict out, int64_t n, uint32_t key) {
+#pragma omp parallel for simd if (n > 8192)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t h = (uint32_t)i + key, bits;
+        h = (h ^ (h >> 16)) * 0x7feb352du;
+        h = (h ^ (h >> 15)) * 0x846ca68bu;
+        memcpy(&bits, x + i, 4);
+        out[i] = (uint16_t)((bits + (h >> 16)) >> 16);
+    }
+}
