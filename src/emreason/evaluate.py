@@ -38,8 +38,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: a value is not allowed, or data or model cannot be loaded.
     """
     check_values(cfg)
-    experiment = build(cfg)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    experiment = build(cfg)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()

@@ -9,9 +9,9 @@ from conftest import ScriptedEngine, letters, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emreason.em.e_step import e_step_record
 from emreason.engines.drawing import draw_seed
 from emreason.models.tiny import tiny_tokenizer
+from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import Scheme, is_trivial, sample, training_ids
 from emreason.scores.stats import chance_acceptance
 from emreason.types import UserError
