@@ -361,12 +361,3 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match="q00"):
         fit(tmp_path, questions, gold_script(questions), module=module)
     assert all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(before, module.trainable(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"epochs": 0}, {"batch_size": 0}, {"tokens_per_batch": -1}, {"init": "zero"}, {"normalize": "mean"}, {"max_grad_norm": 0.0}],
-)
-def test_bad_m_steps_are_refused_by_name(change):
-    with pytest.raises(UserError, match=next(iter(change))):
-        MStep(**change)

@@ -262,9 +262,6 @@ def test_weights_reach_the_journal_the_m_step_and_a_resumed_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"keep": 0}, "keep"),
-        ({"weigh": "much"}, "weigh"),
-        ({"truncate": 0.5}, "truncate"),
         ({"weigh": "importance"}, "keep=4"),
         ({"weigh": "resample", "keep": 4, "top_p": 0.9}, "top_p=1"),
         ({"weigh": "importance", "keep": 4, "distinct": True}, "distinct"),

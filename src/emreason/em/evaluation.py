@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from emreason.em.ranks import gather, several
+from emreason.em.ranks import gather, rank_and_world
 from emreason.progress import bar
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
 from emreason.scores.scoring import Prediction, Stopwatch, predict, score
 from emreason.types import Engine, Question
+
+Parts = tuple[Engine, Prompts, PreTrainedTokenizerBase]
+"""What answers questions: see `scoring.predict`."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +44,24 @@ class Evaluation:
 
 
 def evaluate(
-    mine: list[Question],
-    engine: Engine,
-    prompts: Prompts,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Evaluation,
-    label: str,
-    n_examples: int = 0,
+    mine: list[Question], parts: Parts, settings: Evaluation, label: str, n_examples: int = 0
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """SCORE and predictions of this rank's questions together with all other ranks'."""
     watch = Stopwatch()
     asked: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "n_examples": n_examples, "forced": settings.forced}
-    with bar(label, len(mine), "questions", enabled=not several() or dist.get_rank() == 0) as progress:
-        predictions = gather(predict(mine, engine, prompts, tokenizer, **asked, bar=progress))
-    predictions = sorted(predictions, key=lambda p: p.question_id)
+    with bar(label, len(mine), "questions", enabled=rank_and_world()[0] == 0) as progress:
+        predictions = predict(mine, *parts, **asked, bar=progress)
+    predictions = sorted(gather(predictions), key=lambda p: p.question_id)
     return score(predictions, watch.seconds, settings.forced), predictions
 
 
-def marginal(
-    mine: list[Question],
-    model: nn.Module,
-    engine: Engine,
-    prompts: Prompts,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Evaluation,
-    seed: int,
-    label: str,
-) -> dict[str, float | None]:
+def marginal(mine: list[Question], model: nn.Module, parts: Parts, settings: Evaluation, seed: int, label: str) -> dict[str, float | None]:
     """`log_marginal` with its standard error, from this rank's questions together with all other ranks'."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+    rank, world = rank_and_world()
     # the questions were dealt out in turn, so the first few of all are the first few of each rank
     mine = mine[: max(0, -(-(settings.bound_questions - rank) // world))]
+    score_given = functools.partial(completion_logprobs, model)
     asked = {"k": settings.bound, "max_new_tokens": settings.max_new_tokens, "seed": seed}
     with bar(label, len(mine), "questions", enabled=rank == 0) as progress:
-        score_given = functools.partial(completion_logprobs, model)
-        bounds = gather(marginal_bounds(mine, engine, prompts, tokenizer, score_given, **asked, bar=progress))
-    return summarize(sorted(bounds, key=lambda b: b.question_id))
+        bounds = marginal_bounds(mine, *parts, score_given, **asked, bar=progress)
+    return summarize(sorted(gather(bounds), key=lambda b: b.question_id))

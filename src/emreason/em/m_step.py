@@ -44,25 +44,6 @@ class MStep:
     gradient_checkpointing: bool = False
     on_zero_accepted: Literal["error", "skip"] = "error"
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "tokens_per_batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"m_step.{name}={value!r}: it must be a whole number of at least 1.")
-        allowed: dict[str, tuple[str, ...]] = {
-            "init": ("previous", "base"),
-            "optimizer": ("carry", "reset"),
-            "normalize": ("questions", "rationales", "tokens"),
-            "on_zero_accepted": ("error", "skip"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise UserError(f"m_step.{name}={getattr(self, name)!r} is not known; use {' or '.join(values)}.")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise UserError(f"m_step.max_grad_norm={self.max_grad_norm}: it must be above 0, or null for no clipping.")
-        if self.warmup_steps < 0:
-            raise UserError(f"m_step.warmup_steps={self.warmup_steps}: it must be at least 0.")
-
 
 def accumulate(model: nn.Module, step: Step, device: torch.device, index: int) -> Tensor:
     """Add the gradients of this rank's batches up; returns [2] float64: the summed NLL (nats) and the number of supervised tokens.

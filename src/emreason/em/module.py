@@ -140,12 +140,12 @@ class EMModule(L.LightningModule):
 
     def evaluate(self, questions: list[Question], label: str, n_examples: int = 0) -> tuple[dict[str, Any], list[Prediction]]:
         """SCORE and predictions of this rank's `questions` together with all other ranks'."""
-        return evaluation.evaluate(questions, self.engine, self.prompts, self.tokenizer, self.evaluation, label, n_examples)
+        return evaluation.evaluate(questions, (self.engine, self.prompts, self.tokenizer), self.evaluation, label, n_examples)
 
     def marginal(self, questions: list[Question], label: str) -> dict[str, float | None]:
         """`log_marginal` with its standard error, likewise."""
-        parts = (self.model, self.engine, self.prompts, self.tokenizer, self.evaluation)
-        return evaluation.marginal(questions, *parts, self.seed, label)
+        parts = (self.engine, self.prompts, self.tokenizer)
+        return evaluation.marginal(questions, self.model, parts, self.evaluation, self.seed, label)
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
         self.finish_m_step()

@@ -15,6 +15,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+
+
 def total(values: Tensor) -> Tensor:
     """The sum over ranks, in place; on the device that the ranks talk through."""
     if several():
