@@ -80,19 +80,11 @@ def sampled(
     """pass@1 … pass@k (unbiased, Chen et al. 2021) and maj@k from k draws per question under the plain prompt."""
     by_id = {question.id: question for question in questions}
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
-    tokenizer = experiment.tokenizer
-
-    queue = deque(
-        Request(
-            (q.id, i),
-            experiment.prompts.ids(q, "question", n_examples),
-            scheme.params,
-            draw_seed(seed, -1, q.id, i),
-            stop_at_answer(q, tokenizer),
-        )
-        for q in questions
-        for i in range(k)
-    )
+    tokenizer, prompts = experiment.tokenizer, experiment.prompts
+    queue: deque[Request] = deque()
+    for q in questions:
+        prompt, stop = prompts.ids(q, "question", n_examples), stop_at_answer(q, tokenizer)
+        queue.extend(Request((q.id, i), prompt, scheme.params, draw_seed(seed, -1, q.id, i), stop) for i in range(k))
     with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
         for completion in experiment.engine.generate(queue):
             question = by_id[completion.request.key[0]]  # type: ignore[index]

@@ -62,14 +62,11 @@ def log_ratios(
     seed: int,
 ) -> list[Ratio]:
     """One draw per question from the plain prompt at temperature 1, scored under both weights; errors are left out."""
-    by_id = {q.id: q for q in questions}
-
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    queue = deque(
-        Request(q.id, prompts.ids(q), params, draw_seed(seed, DIVERGENCE, q.id, 0), stop_at_answer(q, tokenizer)) for q in questions
-    )
-    drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
-    pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
+    seeds, params = {q.id: draw_seed(seed, DIVERGENCE, q.id, 0) for q in questions}, SamplingParams(max_new_tokens=max_new_tokens)
+    queue = deque(Request(q.id, prompts.ids(q), params, seeds[q.id], stop_at_answer(q, tokenizer)) for q in questions)
+    completions = [c for c in engine.generate(queue) if c.token_ids]
+    drawn = {str(c.request.key): c.token_ids for c in completions}
+    pairs = [(c.request.prompt_ids, c.token_ids) for c in completions]
     both = zip(drawn, score(pairs), score_base(pairs), strict=True)
     return [(i, ours - base, len(drawn[i])) for i, ours, base in both]
 
