@@ -65,6 +65,19 @@ def test_ranks_together_train_on_every_rationale_once_per_epoch(n, share, world,
     assert trained == sorted(epochs * [f"q{i:03d}" for i in range(accepted)])
 
 
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    def order(seed):
+        made = make_steps(
+            [example(i) for i in range(12)], 12, epochs=2, batch_size=1, tokens_per_batch=20, normalize="rationales", pad_id=PAD, seed=seed
+        )
+        ids = [q for s in made for b in s.batches for q in b.question_ids]
+        return ids[:12], ids[12:]
+
+    first, second = order(3)
+    assert len({tuple(ids) for ids in (first, second, sorted(first), *order(4))}) == 5
+    assert order(3) == (first, second)
+
+
 def total_weight(steps):
     return sum(float(b.weights.sum()) for s in steps for b in s.batches)
 

@@ -267,7 +267,7 @@ def gradient_of(module, steps):
     data.pull = lambda: steps
     before = [p.detach().clone() for p in module.trainable()]
     trainer(".", epochs=1).fit(module, data)
-    return torch.cat([(a - b).flatten() for a, b in zip(before, module.trainable(), strict=True)])
+    return torch.cat([(a - b.detach()).flatten() for a, b in zip(before, module.trainable(), strict=True)])
 
 
 @pytest.mark.parametrize("tokens", [10, 80, 10_000])
@@ -302,6 +302,28 @@ def test_master_weights_keep_updates_that_bf16_would_lose():
             parameter.copy_(master)
     assert parameter.tolist() == pytest.approx([0.99] * 4, abs=2**-8)
     assert float(torch.tensor(1.0, dtype=torch.bfloat16) - 1e-4) == 1.0  # what would have happened without
+
+
+def test_gradients_of_several_batches_add_up_in_float32():
+    """257 is no bfloat16: added there, the later batch would vanish."""
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    (master,) = master_weights([parameter])
+    for factor in (256, 1):
+        (parameter * factor).sum().backward()
+    assert master.grad.tolist() == [257.0]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.999, 1.001, 4.0])
+def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one(share):
+    """SGD with lr 1 moves by the gradient, or in its direction by `max_grad_norm`."""
+    rows = examples(em_module(), 5)
+
+    def moved(max_grad_norm):
+        module = em_module(lr=1.0, m_step=MStep(max_grad_norm=max_grad_norm))
+        return gradient_of(module, [Step([collate(rows, [1.0] * 5, module.tokenizer.pad_token_id)])])
+
+    whole = moved(None)
+    assert torch.allclose(moved(share * whole.norm().item()), min(share, 1.0) * whole, rtol=1e-3, atol=1e-4)
 
 
 def test_bf16_training_follows_fp32(tmp_path):

@@ -200,7 +200,8 @@ def test_one_seed_gets_wilson_and_mcnemar(tmp_path):
 
 def test_what_does_not_count_is_named_and_not_averaged(grid):
     write_run(grid / "rs/seed=4", "rs", 4, iterations=2, status="running")
-    write_run(grid / "star/seed=4", "star", 4, iterations=1, status="failed", error="no rationale was accepted in iteration 1.")
+    failed = {"status": "failed", "error": "no rationale was accepted in iteration 1."}
+    write_run(grid / "star/seed=4", "star", 4, iterations=1, **failed, test=score(0.9))  # extended after it had been tested
     (grid / "torn").mkdir()
     (grid / "torn/summary.json").write_text('{"dataset": "sums", "mod')
     (grid / "foreign").mkdir()

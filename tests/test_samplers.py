@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import ScriptedEngine, letters, numbers
+from conftest import TEMPLATE, ScriptedEngine, letters, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emreason.e_step import e_step_record
+from emreason.prompts import Prompts
 from emreason.samplers import Scheme, draw_seed, is_trivial, sample, training_ids
 from emreason.stats import chance_acceptance
 from emreason.tiny import tiny_tokenizer
-from emreason.types import UserError
+from emreason.types import Demonstration, UserError
 
 RIGHT, WRONG = "because\nAnswer: {}", "because\nAnswer: 99"
 
@@ -47,10 +48,6 @@ def success_at(success: dict[str, int], questions):
 def test_budget_accounting(data):
     """Scripted success at try j costs min(j, M) attempts, and every discarded token is charged."""
     tokenizer = tiny_tokenizer()
-    from conftest import TEMPLATE
-
-    from emreason.prompts import Prompts
-
     prompts = Prompts(tokenizer, TEMPLATE, ())
     budget = data.draw(st.integers(1, 6))
     questions = numbers(data.draw(st.integers(1, 8)))
@@ -121,6 +118,15 @@ def test_a_draw_depends_on_seed_iteration_question_and_attempt_alone():
     seeds = {draw_seed(*key) for key in itertools.product(range(3), range(3), ["a", "b", "1\0a"], range(1, 4))}
     assert len(seeds) == 81
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_worked_examples_are_shown_in_the_first_iterations_alone(tokenizer):
+    shown = numbers(2)
+    prompts = Prompts(tokenizer, TEMPLATE, [Demonstration(q, "SHOWN") for q in shown])
+    for first, expected in [(None, [2, 2, 2, 2]), (2, [2, 2, 0, 0]), (0, [0] * 4)]:
+        wanted = scheme("pps", worked_examples=2, worked_examples_iterations=first)
+        engines = [run(numbers(1), wanted, lambda _: WRONG, prompts, tokenizer, iteration=k)[1] for k in range(4)]
+        assert [tokenizer.decode(e.seen[0].prompt_ids).count("SHOWN") for e in engines] == expected
 
 
 def test_requests_do_not_depend_on_the_other_questions(prompts, tokenizer):

@@ -1,0 +1,83 @@
+"""The E-step over iterations: what a journal is bound to, orders of training, and what is remembered of earlier iterations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import letters, numbers
+from test_module import em_module, fit, gold_script
+from test_samplers import WRONG, scheme
+
+from emreason.e_step import EStep
+from emreason.journal import Journal
+from emreason.module import MStep
+from emreason.prompts import Prompts
+from emreason.types import UserError
+
+
+def test_a_journal_is_bound_to_all_that_its_draws_depend_on(tmp_path):
+    questions, module = letters(2), em_module()
+
+    def conditions(module=module, seed=1, questions=questions, **more):
+        return EStep(scheme("rs", 2, **more), questions, Journal(tmp_path), seed).conditions(module)
+
+    other = em_module()
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    worded = em_module()
+    worded.prompts = Prompts(worded.tokenizer, replace(module.prompts.template, hint="ANOTHER {answer}"), ())
+    first = questions[0]
+    edits = [{"id": "x"}, {"text": "x"}, {"answer": "B"}, {"choices": (*first.choices[:3], "x")}]
+    changed = {
+        "weights": [conditions(other)],
+        "prompts": [conditions(worded)],
+        "seed": [conditions(seed=2)],
+        "questions": [conditions(questions=[replace(first, **edit), questions[1]]) for edit in edits] + [conditions(questions=[first])],
+        "sampler.temperature": [conditions(temperature=0.9)],
+        "sampler.max_new_tokens": [conditions(max_new_tokens=9)],
+        "sampler.reward": [conditions(reward="emreason.rewards.well_formed")],
+    }
+    assert conditions() == conditions(em_module())
+    for key, found in changed.items():
+        for values in found:
+            assert [k for k in values if values[k] != conditions()[k]] == [key]
+
+
+def test_a_question_that_was_edited_in_place_is_not_replayed(tmp_path):
+    questions = numbers(3)
+    fit(tmp_path, questions, gold_script(questions), epochs=1)
+    questions[1] = replace(questions[1], answer="7")
+    with pytest.raises(UserError, match="questions differ"):
+        fit(tmp_path, questions, gold_script(questions), epochs=1)
+
+
+def orders(e_step: EStep) -> list[str]:
+    return [q for s in e_step._steps[1] for b in s.batches for q in b.question_ids]
+
+
+def test_every_iteration_trains_in_an_order_of_its_own(tmp_path):
+    questions = numbers(12)
+    seen = []
+    for epochs in (1, 2):  # at a learning rate of 0 the weights, and so the conditions, stay
+        _, e_step = fit(tmp_path, questions, gold_script(questions), epochs=epochs, module=em_module(lr=0.0, m_step=MStep(batch_size=1)))
+        seen.append(orders(e_step))
+    assert sorted(seen[0]) == sorted(seen[1])
+    assert seen[0] != seen[1]
+
+
+def test_trice_remembers_every_earlier_iteration(tmp_path):
+    """A question that was right in the first iteration alone is trained on in all."""
+    questions = numbers(4)
+    gold = gold_script(questions)
+    drawn = []
+
+    def script(request):
+        drawn.append(request)
+        return gold(request) if len(drawn) <= 2 * len(questions) else WRONG
+
+    _, e_step = fit(tmp_path, questions, script, epochs=4, scheme_=scheme("star", keep=2, weigh="trice"))
+    assert len(drawn) == (2 + 3) * len(questions)
+    remembered = [b.question_ids[i] for s in e_step._steps[1] for b in s.batches for i in (b.weights > 0).nonzero()[:, 0]]
+    assert sorted(remembered) == [q.id for q in questions]
