@@ -6,9 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from test_config import compose_config
+from transformers import AutoModelForCausalLM
 
 from emreason import train as training
 from emreason.journal import AtomicCheckpointIO
+from emreason.module import EMModule
 from emreason.recorder import read_summary
 from emreason.train import train
 from emreason.types import UserError
@@ -75,3 +77,44 @@ def test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes(tmp_path):
     assert torch.load(tmp_path / "parts/checkpoints/last.ckpt", weights_only=True)["optimizer_states"] == []
     parts, whole = train(config(*reset), tmp_path / "parts"), train(config(*reset), tmp_path / "whole")
     assert parts["iterations"][1]["m_step"]["nll"] == whole["iterations"][1]["m_step"]["nll"]
+
+
+ACCURACIES = [0.25, 0.75, 0.5, 0.75]  # of iterations 0 …: the best is neither the first nor the last
+
+
+@pytest.fixture
+def scripted_validation(monkeypatch):
+    """Validation accuracies as above; the score of the test is the real one."""
+    evaluate = EMModule.evaluate
+
+    def scripted(self, questions, label, n_examples=0):
+        score, predictions = evaluate(self, questions, label, n_examples)
+        return score | ({"accuracy": ACCURACIES[self.current_epoch]} if label.startswith("Validation") else {}), predictions
+
+    monkeypatch.setattr(EMModule, "evaluate", scripted)
+
+
+def exported_is(folder, iteration):
+    best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert read_summary(folder)["best_iteration"] == best["epoch"] == iteration
+    assert all(torch.equal(exported[k.removeprefix("model.")], v) for k, v in best["state_dict"].items())
+
+
+@pytest.mark.usefixtures("scripted_validation")
+def test_a_run_folder_that_was_moved_goes_on_with_the_best_it_had(tmp_path, monkeypatch):
+    """Moved where it had been killed before the test, then moved again and extended."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    killed(monkeypatch, first, config())
+    for path in first.rglob("*"):
+        if path.is_file() and path.name != "config.yaml":  # W&B's folder, which may change
+            assert str(first).encode() not in path.read_bytes(), path
+    first.rename(second)
+    assert train(config(), second)["status"] == "finished"
+    exported_is(second, 1)
+    second.rename(third)
+    weights = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert len(train(config("trainer.max_epochs=4"), third)["iterations"]) == 4
+    exported_is(third, 1)
+    after = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[k], after[k]) for k in weights)

@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -34,7 +33,7 @@ from emreason.memory import out_of_memory_told, release_memory
 from emreason.model import export
 from emreason.module import EMModule
 from emreason.probes import Divergence
-from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, tokens_drawn, write_predictions
+from emreason.recorder import Checkpoints, JsonlLogger, Recorder, Summary, best_iteration, read_summary, tokens_drawn, write_predictions
 from emreason.sweep import run_apart, several_ranks
 from emreason.types import UserError
 
@@ -127,9 +126,9 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    last = folder / "checkpoints" / "last.ckpt"
-    iterations_done = _iterations_done(last)
-    _iterations_done(last.with_name("best.ckpt"))  # it is read at the end: better told now
+    checkpoints = Checkpoints(summary, folder)
+    iterations_done = _iterations_done(checkpoints.last)
+    _iterations_done(checkpoints.best)  # it is read at the end: better told now
     scheme = hydra.utils.instantiate(cfg.sampler)
     datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
     module = EMModule(
@@ -147,8 +146,6 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         extendable=cfg.keep_checkpoints,
     )
     few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
-    save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
-    best = save(filename="best", monitor="validation/accuracy", mode="max", save_top_k=1, save_weights_only=True)
     trainer = _trainer(
         cfg,
         folder,
@@ -159,18 +156,15 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
             *([Divergence(cfg.evaluation.bound_questions, cfg.seed)] if "kl" in cfg.evaluation.diagnostics else []),
             Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
             Iterations(summary, folder, cfg.sampler.display, cfg.rationale_rows),
-            best,
-            save(filename="last", save_top_k=1, monitor=None),
+            checkpoints,
         ],
     )
-    trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-    # no checkpoint: every iteration was skipped, the weights are the base model's
-    trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
+    trainer.fit(module, datamodule, ckpt_path=checkpoints.last if iterations_done else None, weights_only=True)
+    trainer.test(module, datamodule, ckpt_path=checkpoints.best, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         export(module.model, module.tokenizer, folder / "model")
-        best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
-        summary.update(test=module.scores["test"], best_iteration=best_iteration)
+        summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
