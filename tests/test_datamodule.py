@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import letters, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emreason.datamodule import Example, bucket, collate, make_steps
+from emreason.datamodule import Example, RationaleDataModule, bucket, collate, make_steps
 
 PAD = 2  # also EOS, on purpose
 
@@ -76,6 +79,16 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own():
     first, second = order(3)
     assert len({tuple(ids) for ids in (first, second, sorted(first), *order(4))}) == 5
     assert order(3) == (first, second)
+
+
+def test_each_rank_evaluates_its_share_of_the_split_that_is_asked_for():
+    data = RationaleDataModule(numbers(5), letters(4))
+    shares = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        shares += [*data.val_dataloader(), *data.test_dataloader()]
+    validation, test = numbers(5), letters(4)
+    assert shares == [validation[::2], test[::2], validation[1::2], test[1::2]]
 
 
 def total_weight(steps):

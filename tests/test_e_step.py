@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import letters, numbers
-from test_module import em_module, fit, gold_script
+from conftest import ScriptedEngine, letters, numbers
+from test_module import em_module, fit, gold_script, trainer
 from test_samplers import WRONG, scheme
 
+from emreason.datamodule import RationaleDataModule
 from emreason.e_step import EStep
 from emreason.journal import Journal
 from emreason.module import MStep
 from emreason.prompts import Prompts
+from emreason.samplers import draw_seed
 from emreason.types import UserError
 
 
@@ -51,6 +53,15 @@ def test_a_question_that_was_edited_in_place_is_not_replayed(tmp_path):
     questions[1] = replace(questions[1], answer="7")
     with pytest.raises(UserError, match="questions differ"):
         fit(tmp_path, questions, gold_script(questions), epochs=1)
+
+
+def test_draws_have_the_seed_of_their_run_iteration_question_and_attempt(tmp_path):
+    questions, module = numbers(3), em_module()
+    module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda r: r.key[1] == 2))
+    trainer(tmp_path, [EStep(scheme("rs", 2), questions, Journal(tmp_path), seed=5)], 2).fit(module, RationaleDataModule([], []))
+    expected = {(k, q.id, n): draw_seed(5, k, q.id, n) for k in range(2) for q in questions for n in (1, 2)}
+    halves = module.engine.seen[:6], module.engine.seen[6:]
+    assert {(k, *r.key): r.seed for k, seen in enumerate(halves) for r in seen} == expected
 
 
 def orders(e_step: EStep) -> list[str]:

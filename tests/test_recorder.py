@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from test_samplers import scheme
 from emreason.e_step import EStep
 from emreason.journal import Journal, read_lines
 from emreason.prompts import Prompts
-from emreason.recorder import Recorder, Summary, read_summary
+from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary
 from emreason.types import Demonstration
 
 QUESTIONS = numbers(6)
@@ -65,3 +66,36 @@ def test_an_iteration_that_is_repeated_replaces_its_record(tmp_path, module):
     record.on_train_epoch_end(trainer, module)
     iterations = read_summary(tmp_path)["iterations"]
     assert [(r["iteration"], r["e_step"]["tokens"]) for r in iterations] == [(0, 5), (1, 7)]
+
+
+def test_a_resumed_run_counts_the_tokens_and_seconds_of_the_iterations_it_goes_on_from(tmp_path, module):
+    record, trainer = recorder(tmp_path)
+    earlier = [{"iteration": k, "e_step": {"tokens": 5}, "m_step": {}, "validation": None} for k in (0, 1)]
+    record.summary.update(iterations=earlier, peak_memory_bytes=2**60)
+    spent = read_summary(tmp_path)
+    spent["seconds"] = 100.0
+    (tmp_path / "summary.json").write_text(json.dumps(spent))
+    record = Recorder(Summary(tmp_path, {}), tmp_path, (), few_shot=0, token_budget=12)
+    trainer.fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1)))
+    record.on_train_start(trainer, module)
+    trainer.callbacks[0].record = {"iteration": 1, "tokens": 6}  # iteration 1 is done again: 5 + 6
+    module.m_step_record = {"steps": 1}
+    record.on_train_epoch_end(trainer, module)
+    assert not trainer.should_stop
+    trainer.callbacks[0].record, trainer.current_epoch = {"iteration": 2, "tokens": 1}, 2
+    record.on_train_epoch_end(trainer, module)
+    assert trainer.should_stop
+    summary = read_summary(tmp_path)
+    assert 100 <= summary["seconds"] < 130
+    assert summary["peak_memory_bytes"] == 2**60
+
+
+def test_metrics_of_an_iteration_that_is_done_again_go(tmp_path):
+    first = JsonlLogger(tmp_path)
+    for iteration in range(3):
+        first.log_metrics({"m_step/nll": 1.0, "iteration": float(iteration)}, step=iteration)
+    first.finalize("killed")
+    again = JsonlLogger(tmp_path, keep_below=2)
+    again.log_metrics({"m_step/nll": 2.0, "iteration": 2.0}, step=2)
+    again.finalize("success")
+    assert [(line["iteration"], line["m_step/nll"]) for line in read_lines(again.path)] == [(0, 1.0), (1, 1.0), (2, 2.0)]

@@ -14,7 +14,7 @@ from emreason.prompts import Prompts
 from emreason.samplers import Scheme, draw_seed, is_trivial, sample, training_ids
 from emreason.stats import chance_acceptance
 from emreason.tiny import tiny_tokenizer
-from emreason.types import Demonstration, UserError
+from emreason.types import Demonstration, SamplingParams, UserError
 
 RIGHT, WRONG = "because\nAnswer: {}", "because\nAnswer: 99"
 
@@ -127,6 +127,17 @@ def test_worked_examples_are_shown_in_the_first_iterations_alone(tokenizer):
         wanted = scheme("pps", worked_examples=2, worked_examples_iterations=first)
         engines = [run(numbers(1), wanted, lambda _: WRONG, prompts, tokenizer, iteration=k)[1] for k in range(4)]
         assert [tokenizer.decode(e.seen[0].prompt_ids).count("SHOWN") for e in engines] == expected
+
+
+def test_requests_carry_the_scheme_s_limits_and_end_at_the_answer_line(prompts, tokenizer):
+    said = [tokenizer.encode(text, add_special_tokens=False) for text in ("so\nAnswer: 7\n", "so\nAnswer: yes\n", "so\n")]
+    for wanted, ends in [
+        (scheme("rs", temperature=0.7, top_p=0.9, max_new_tokens=20), [True, False, False]),
+        (scheme("rs", temperature=0.7, top_p=0.9, max_new_tokens=20, stop_at_answer=False), None),
+    ]:
+        (request,) = run(numbers(1), wanted, lambda _: WRONG, prompts, tokenizer)[1].seen
+        assert request.params == SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=20)
+        assert (request.stop and [request.stop(ids) for ids in said]) == ends
 
 
 def test_requests_do_not_depend_on_the_other_questions(prompts, tokenizer):
