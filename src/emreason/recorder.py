@@ -43,6 +43,7 @@ class Summary:
         self.values: dict[str, Any] = {
             **identity,
             "status": "running",
+            "dtype": before.get("dtype"),
             "baseline": before.get("baseline"),
             "test": before.get("test"),
             "iterations": before.get("iterations", []),

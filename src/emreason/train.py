@@ -103,7 +103,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     experiment: Experiment | None = None
     try:
         try_optimizer(hydra.utils.instantiate(cfg.optimizer))
-        experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
+        experiment = build(cfg, folder, dtype=summary.values["dtype"])
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
         _run(cfg, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
