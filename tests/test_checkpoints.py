@@ -91,6 +91,8 @@ def test_more_iterations_continue_a_finished_run(tmp_path):
     """As if it had not been interrupted: weights, rationales, scores and metrics; what was done is not done again."""
     more = ["trainer.max_epochs=4", "m_step.warmup_steps=60", "engine.dtype=float32"]  # of 80 optimizer steps
     begun = train(config(*more, "trainer.max_epochs=2"), tmp_path / "parts")
+    with (tmp_path / "parts/metrics.jsonl").open("a") as lines:  # as if it had then been killed in the third
+        lines.write('{"iteration": 2, "step": 41, "m_step/nll": 9.9}\n')
     parts = train(config(*more), tmp_path / "parts")
     train(config(*more), tmp_path / "whole")
     assert parts["iterations"][:2] == begun["iterations"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ScriptedEngine, letters, numbers
 from test_module import em_module, fit, gold_script, trainer
 from test_samplers import WRONG, scheme
+from test_weights import plain
 
 from emreason.datamodule import RationaleDataModule
-from emreason.e_step import EStep
+from emreason.e_step import EStep, e_step_record
 from emreason.journal import Journal
 from emreason.module import MStep
 from emreason.prompts import Prompts
@@ -62,6 +64,34 @@ def test_draws_have_the_seed_of_their_run_iteration_question_and_attempt(tmp_pat
     expected = {(k, q.id, n): draw_seed(5, k, q.id, n) for k in range(2) for q in questions for n in (1, 2)}
     halves = module.engine.seen[:6], module.engine.seen[6:]
     assert {(k, *r.key): r.seed for k, seen in enumerate(halves) for r in seen} == expected
+
+
+def test_a_finished_run_does_not_sample_once_more(tmp_path):
+    e_step = EStep(scheme("rs"), numbers(2), Journal(tmp_path), seed=1)
+    progress = SimpleNamespace(current=SimpleNamespace(processed=2))
+    done = SimpleNamespace(max_epochs=2, fit_loop=SimpleNamespace(epoch_progress=progress))
+    assert [step.batches for step in e_step.pull(done, em_module())] == [[]]
+    assert not e_step.journal.folder.exists()
+
+
+def test_the_record_of_an_e_step():
+    questions = numbers(4)
+    attempts = [
+        replace(plain(1, True, "q000"), n_tokens=10),
+        replace(plain(1, False, "q001"), n_tokens=3, finish_reason="length", answer=None),
+        replace(plain(2, True, "q001"), n_tokens=20),
+        replace(plain(1, False, "q002"), n_tokens=5),
+        replace(plain(2, False, "q002"), n_tokens=7),
+        replace(plain(1, False, "q003"), n_tokens=0, finish_reason="error", answer=None),
+    ]
+    expected = {
+        "iteration": 3, "questions": 4, "accepted": 2, "rejected": 1, "errored": 1, "attempts": 6, "tokens": 45, "seconds": 1.5,
+        "acceptance_rate": 2 / 4, "first_try_rate": 1 / 4, "extraction_rate": 4 / 6, "truncated_rate": 1 / 6, "rationale_tokens_mean": 15,
+        "chance_acceptance": None, "rationales": 2, "rejected_trained": 0,
+    }  # fmt: skip
+    attempts = [replace(a, weight=float(a.accepted)) for a in attempts]
+    record = e_step_record(3, questions, attempts, scheme("rs", 2), 1.5)
+    assert {key: record[key] for key in expected} == expected
 
 
 def orders(e_step: EStep) -> list[str]:

@@ -21,7 +21,7 @@ from emreason.figures import _plots, palette
 from emreason.report import collect, main, print_runs, write_report
 from emreason.report_html import IN_ALL, PER_GROUP, sample_rationales
 from emreason.runs import differing_keys
-from emreason.tables import duration, escape_latex, escape_markdown, thousands
+from emreason.tables import duration, escape_latex, escape_markdown, runs_table, thousands
 from emreason.types import UserError
 
 PROPOSALS = {"rs": ["question"] * 4, "star": ["question", "rationalization"], "pps": ["rationalization"]}
@@ -329,6 +329,26 @@ def test_several_datasets_and_models(tmp_path):
     table = (tmp_path / "r/table.md").read_text()
     assert "| model | scheme | arc\\_challenge | mmlu |" in table
     assert "\\midrule" in (tmp_path / "r/table.tex").read_text()
+
+
+def test_a_row_of_the_runs_table(tmp_path):
+    rows = [
+        {
+            "iteration": k,
+            "e_step": {"acceptance_rate": a, "chance_acceptance": 0.25, "tokens": 1000 * (k + 1), "rationale_tokens_mean": 20.0 + k},
+            "m_step": {},
+            "validation": score(v),
+        }
+        for k, (a, v) in enumerate([(0.3, 0.4), (0.6, 0.5)])
+    ]
+    write_run(tmp_path / "a", "pps", seed=7, iterations=0)
+    summary = json.loads((tmp_path / "a/summary.json").read_text()) | {"iterations": rows, "test": score(0.7), "seconds": 95.0}
+    (tmp_path / "a/summary.json").write_text(json.dumps(summary))
+    (row,) = runs_table(collect([tmp_path])).rows
+    low, high = (f"{100 * x:.0f}" for x in stats.wilson(70, 100))
+    assert [entry.text for entry in row] == [
+        "PPS", "7", "0.0", "8.0", "1.0 → 40.0 50.0", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3 k", "1 min 35 s",
+    ]  # fmt: skip
 
 
 def test_difficulty_is_judged_by_the_other_runs(tmp_path):
