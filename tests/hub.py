@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from emreason import mirror
+from emreason.questions import mirror
 
 
 def find_or_build_hub() -> Path:

@@ -1,0 +1,463 @@
+"""Datasets (DESIGN §5.3, §5.4, §5.12): every gold answer is accepted, labels become letters by position, overlaps are known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hub import find_or_build_hub
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emreason.models.tiny import tiny_tokenizer
+from emreason.questions.answers import correct, extract, normalise, parse_number
+from emreason.questions.datasets import SPLITS, Dataset, explain_sum, load_arc, load_mmlu, make_sums, sum_examples
+from emreason.questions.files import load_file
+from emreason.questions.prompts import Prompts, PromptTemplate, render_completion
+from emreason.types import Question, UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+HUB_NAMES = ("arc_challenge", "arc_easy", "openbookqa", "mmlu")
+settings.register_profile("emreason", deadline=None)  # the cores may be busy
+settings.load_profile("emreason")
+
+TEMPLATE = PromptTemplate("Explain.", "SENTINEL-77 {answer}")
+
+
+def build(name: str, *overrides: str, data_root: object = None) -> Dataset:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(overrides=[f"+dataset={name}", f"+data_root={data_root or 'null'}", *overrides])
+    return instantiate(config.dataset)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Path:
+    return find_or_build_hub()
+
+
+@pytest.fixture(scope="module")
+def real(hub):
+    return {name: build(name, data_root=hub) for name in HUB_NAMES}
+
+
+# --- every dataset -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", HUB_NAMES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_gold_answer_of_the_hub_is_accepted(real, name, split):
+    questions = real[name]._all(split)  # worked examples and overlaps included
+    assert len(questions) > 200
+    for question in questions:
+        completion = render_completion(question, "The answer is (A). No: not A, and not (C) either.")
+        assert correct(extract(completion, question), question), question
+        for letter in set(question.letters) - {question.answer}:
+            assert not correct(extract(f"Because.\nAnswer: {letter}", question), question)
+        index = question.letters.index(question.answer)
+        stated = extract(f"Answer: {question.answer}. {question.choices[index]}", question)
+        assert stated == question.answer or "\n" in question.choices[index], question
+
+
+@pytest.mark.parametrize("name", ["sums", "reasoning_gym"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_generated_gold_answer_is_accepted(name, split):
+    for question in build(name).questions(split):
+        assert correct(extract(render_completion(question, "Answer: 1"), question), question)
+        assert not correct(extract("Answer: 123456789", question), question)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        *((task, "number") for task in ("chain_sum", "basic_arithmetic", "letter_counting")),
+        *((task, "text") for task in ("spell_backward", "mini_sudoku", "simple_equations", "number_sorting", "syllogism")),
+    ],
+)
+def test_reasoning_gym_accepts_its_own_answers(task, kind):
+    sizes = "dataset.load.sizes={train:8,validation:4,test:4}"
+    dataset = build("reasoning_gym", f"dataset.load.task={task}", f"dataset.load.kind={kind}", sizes)
+    assert dataset.name == f"reasoning_gym_{task}"
+    questions = [question for split in SPLITS for question in dataset.questions(split)]
+    assert all(correct(extract(render_completion(question, "So."), question), question) for question in questions)
+    assert not any(correct(extract("Answer: no idea", question), question) for question in questions)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [*HUB_NAMES, "sums"])
+def test_worked_examples(real, name):
+    dataset = real.get(name) or build(name)
+    examples = dataset.worked_examples()
+    assert 2 <= len(examples) <= 4
+    assert len({example.question.answer for example in examples[:2]}) == 2 or name == "sums"
+    for example in examples:
+        assert correct(extract(render_completion(example.question, example.rationale), example.question), example.question)
+    shown = {normalise(example.question.text) for example in examples}
+    for split in SPLITS:
+        assert not shown & {normalise(question.text) for question in dataset.questions(split)}
+    assert Prompts(tiny_tokenizer(), dataset.prompt, examples).ids(dataset.questions("test")[0], n_examples=len(examples))
+
+
+@pytest.mark.real
+def test_what_the_real_data_is(real):
+    sizes = {name: [len(dataset.questions(split)) for split in SPLITS] for name, dataset in real.items()}
+    assert sizes == {
+        "arc_challenge": [1115, 299, 1172],  # the training splits are less 4 worked examples, one of which OpenBookQA has twice
+        "arc_easy": [2247, 570, 2376],
+        "openbookqa": [4952, 500, 500],
+        "mmlu": [1512, 300, 14042],
+    }
+    assert {name: dataset.overlap() for name, dataset in real.items()} == {
+        "arc_challenge": {"train_test": 6, "train_validation": 0, "examples_test": 0},
+        "arc_easy": {"train_test": 7, "train_validation": 1, "examples_test": 0},
+        "openbookqa": {"train_test": 23, "train_validation": 12, "examples_test": 0},
+        "mmlu": {"train_test": 36, "train_validation": 1, "examples_test": 0},
+    }
+
+
+def test_overlap_is_counted_and_dropped():
+    texts = {"train": "abcdef", "validation": "fg", "test": "aBhi"}
+
+    def load(split):
+        return [Question(f"{split}-{t}", f"{t}?", "1", "number") for t in texts[split]]
+
+    shown = [{"question": "h?", "answer": 1, "rationale": "So."}]
+    for drop, left in [(False, "abcdef"), (True, "cde")]:
+        dataset = Dataset("d", load, TEMPLATE, shown, drop_overlap=drop)
+        assert sorted(question.text[0] for question in dataset.questions("train")) == list(left)
+        assert len(dataset.questions("test")) == 4
+        assert dataset.overlap() == {"train_test": 2, "train_validation": 1, "examples_test": 1}
+
+
+@pytest.mark.real
+def test_drop_overlap(hub):
+    dataset = build("openbookqa", "dataset.drop_overlap=true", data_root=hub)
+    train = dataset.questions("train")
+    assert len(train) < 4952
+    for split in ("validation", "test"):
+        assert not {normalise(question.text) for question in train} & {normalise(question.text) for question in dataset.questions(split)}
+    assert len(dataset.questions("test")) == 500
+
+
+@pytest.mark.real
+def test_labels_become_letters_by_position(hub, tmp_path):
+    counts = Counter(len(question.choices) for question in load_arc("test", "ARC-Challenge", str(hub)))
+    assert set(counts) == {3, 4, 5}
+    folder = tmp_path / "allenai" / "ai2_arc" / "ARC-Easy"
+    folder.mkdir(parents=True)
+    rows = [
+        {"id": "digits", "question": "?", "choices": {"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]}, "answerKey": "3"},
+        {"id": "five", "question": "?", "choices": {"text": list("vwxyz"), "label": list("ABCDE")}, "answerKey": "E"},
+        {"id": "three", "question": "?", "choices": {"text": list("xyz"), "label": ["1", "2", "3"]}, "answerKey": "1"},
+    ]
+    for split in SPLITS:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    questions = load_arc("train", "ARC-Easy", str(tmp_path))
+    assert [(question.answer, question.letters) for question in questions] == [("C", "ABCD"), ("E", "ABCDE"), ("A", "ABC")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "answerKey": "A"}]), folder / "test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="'digits' has no gold answer among its choices"):
+        load_arc("test", "ARC-Easy", str(tmp_path))
+
+
+@pytest.mark.real
+def test_mmlu_is_cut_without_overlap(hub):
+    train, validation = ({question.id for question in load_mmlu(split, 300, str(hub))} for split in ("train", "validation"))
+    assert len(train) == 1531 + 285 - 300
+    assert len(validation) == 300
+    assert not train & validation
+    assert {question.id for question in load_mmlu("validation", 100, str(hub))} < validation
+
+
+# --- limits ------------------------------------------------------------------------------------------------------------
+
+
+def numbered(split, n=50):
+    return [Question(f"{split}-{i}", f"{split} question {i}?", str(i), "number") for i in range(n)]
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_limited_sets_are_nested_and_deterministic(small, large):
+    small, large = sorted((small, large))
+    few, many = (Dataset("d", numbered, TEMPLATE, limit={"train": n}).questions("train") for n in (small, large))
+    assert len(few) == small
+    assert many[:small] == few
+    assert few == Dataset("d", lambda split: numbered(split)[::-1], TEMPLATE, limit={"train": small}).questions("train")
+
+
+def test_a_subset_is_not_the_head_of_the_file():
+    chosen = Dataset("d", numbered, TEMPLATE, limit={"train": 10}).questions("train")
+    assert {question.id for question in chosen} != {question.id for question in numbered("train")[:10]}
+    assert [question.id for question in chosen][:3] == ["train-11", "train-43", "train-39"]  # on every machine, in every process
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "10", True])
+def test_a_bad_limit(limit):
+    with pytest.raises(UserError, match=r"dataset\.limit\.test must be a positive integer or null"):
+        Dataset("d", numbered, TEMPLATE, limit={"test": limit}).questions("test")
+
+
+def test_worked_examples_leave_the_training_split_before_the_limit():
+    plain = Dataset("d", numbered, TEMPLATE, limit={"train": 5}).questions("train")
+    shown = {"id": plain[0].id, "rationale": "So."}
+    dataset = Dataset("d", numbered, TEMPLATE, [shown], {"train": 5})
+    assert dataset.questions("train")[:4] == plain[1:]
+    assert len(dataset.questions("train")) == 5
+    assert dataset.worked_examples()[0].question == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"id": "train-99", "rationale": "So."}, "no question with the id 'train-99'"),
+        ({"id": "train-1"}, "needs a `rationale`"),
+        ({"question": "?", "rationale": "So."}, "needs the `id` of a training question, or a `question` and its `answer`"),
+        ({"question": "?", "answer": "C", "choices": ["a", "b"], "rationale": "So."}, "must be one of the letters AB, not 'C'"),
+    ],
+)
+def test_a_bad_worked_example(example, message):
+    with pytest.raises(UserError, match=message) as error:
+        Dataset("d", numbered, TEMPLATE, [example]).worked_examples()
+    assert "dataset.demonstrations[0]" in str(error.value)
+
+
+def test_written_worked_examples():
+    examples = [
+        {"question": "1 + 1?", "answer": 2, "rationale": "One more than 1."},
+        {"question": "Which?", "answer": "B", "choices": ["x", "y"], "rationale": "y."},
+        {"question": "Who?", "answer": "Ada", "rationale": "She."},
+    ]
+    kinds = [example.question.kind for example in Dataset("d", numbered, TEMPLATE, examples).worked_examples()]
+    assert kinds == ["number", "choice", "text"]
+
+
+def test_bad_splits():
+    with pytest.raises(UserError, match="the test split is empty"):
+        Dataset("d", lambda _: [], TEMPLATE).questions("test")
+    with pytest.raises(UserError, match="have the id 'x'"):
+        Dataset("d", lambda _: [Question("x", "a?", "1", "number"), Question("x", "b?", "2", "number")], TEMPLATE).questions("test")
+    with pytest.raises(UserError, match="must be one of the letters AB, not 'C'"):
+        Dataset("d", lambda _: [Question("x", "a?", "C", "choice", ("a", "b"))], TEMPLATE).questions("test")
+
+
+# --- generated questions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("terms", "seed"), [(2, 0), (3, 0), (3, 1), (7, 0)])
+def test_sums(terms, seed):
+    splits = {split: make_sums(split, terms, seed) for split in SPLITS}
+    texts = [question.text for questions in splits.values() for question in questions]
+    texts += [example.question.text for example in sum_examples(terms, seed, 8)]
+    assert len(set(texts)) == len(texts) == min(9**terms, 20_000)
+    for question in splits["test"][:20]:
+        numbers = [int(word) for word in question.text.removeprefix("What is ").removesuffix("?").split(" + ")]
+        assert len(numbers) == terms
+        assert all(1 <= number <= 9 for number in numbers)
+        assert sum(numbers) == parse_number(question.answer)
+    assert splits["train"] == make_sums("train", terms, seed) != make_sums("train", terms, seed + 1)
+
+
+def test_worked_sums():
+    assert explain_sum([3, 5, 9]) == "3 + 5 = 8. 8 + 9 = 17."
+    assert explain_sum([1, 2]) == "1 + 2 = 3."
+    dataset = build("sums", "dataset.load.terms=4")
+    assert dataset.worked_examples()[0].rationale.count("=") == 3
+    assert [len(dataset.questions(split)) for split in SPLITS] == [128, 64, 100]
+    with pytest.raises(UserError, match=r"dataset\.load\.terms"):
+        make_sums("train", 1)
+    with pytest.raises(UserError, match=r"between 0 and 8"):
+        sum_examples(3, 0, 9)
+
+
+def test_reasoning_gym_errors(monkeypatch):
+    with pytest.raises(UserError, match=r"dataset\.load\.task='no_such_task'"):
+        build("reasoning_gym", "dataset.load.task=no_such_task").questions("train")
+    with pytest.raises(UserError, match="gold answer is missing"):
+        build("reasoning_gym", "dataset.load.task=rush_hour", "dataset.load.kind=text").questions("train")
+    with pytest.raises(UserError, match=r"dataset\.load\.kind=text and prompt@dataset\.prompt=text"):
+        build("reasoning_gym", "dataset.load.task=spell_backward").questions("train")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=r"pip install 'emreason\[gym\]'"):
+        build("reasoning_gym").questions("train")
+
+
+def test_reasoning_gym_splits_share_no_question():
+    dataset = build("reasoning_gym", "+dataset.load.params={min_terms:2,max_terms:2,min_digits:1,max_digits:1}")
+    assert dataset.overlap()["train_test"] == dataset.overlap()["train_validation"] == 0
+    texts = [question.text for split in SPLITS for question in dataset.questions(split)]
+    assert len(set(texts)) == len(texts)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+GOOD = {"question": "Which?", "choices": ["x", "y"], "answer": "B"}
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(row + "\n" if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_the_three_formats_say_the_same(tmp_path):
+    rows = [{**GOOD, "id": "one"}, {"question": 'Wo, "wer"?\nÄ', "choices": ["ß", "é", "€"], "answer": "C", "id": "two"}]
+    jsonl = write(tmp_path / "a.jsonl", *rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pyarrow_csv = tmp_path / "a.csv"
+    with pyarrow_csv.open("w", newline="", encoding="utf-8") as file:
+        import csv
+
+        writer = csv.DictWriter(file, ["id", "question", "choices", "answer"])
+        writer.writeheader()
+        writer.writerows({**row, "choices": json.dumps(row["choices"])} for row in rows)
+    one, two, three = (load_file("test", test=str(path)) for path in (jsonl, tmp_path / "a.parquet", pyarrow_csv))
+    assert one == two == three
+    assert [(question.id, question.answer, question.choices) for question in one] == [
+        ("one", "B", ("x", "y")),
+        ("two", "C", ("ß", "é", "€")),
+    ]
+
+
+def test_a_file_as_a_dataset(tmp_path):
+    paths = {split: write(tmp_path / f"{split}.jsonl", *({"question": f"{split} {i}?", "answer": i} for i in range(9))) for split in SPLITS}
+    overrides = [f"dataset.load.{split}={path}" for split, path in paths.items()]
+    dataset = build("file", *overrides, "dataset.load.kind=number", "prompt@dataset.prompt=number", "dataset.limit.train=4")
+    assert [len(dataset.questions(split)) for split in SPLITS] == [4, 9, 9]
+    assert dataset.questions("test")[0].kind == "number"
+
+
+FIVE = [
+    {"question": "Which is red?", "choices": ["sky", "blood"], "answer": "B"},
+    {"question": "Which is hot?", "choices": ["fire", "ice", "snow"], "answer": "A"},
+    {"question": "Which flies?", "choices": ["a stone", "a fish", "a bird"], "answer": "C"},
+    {"question": "Which is wet?", "choices": ["water", "sand"], "answer": "A"},
+    {"question": "Which is sour?", "choices": ["honey", "a lemon"], "answer": "B"},
+]
+
+
+def parts(dataset: Dataset) -> dict[str, set[str]]:
+    return {split: {question.text for question in dataset.questions(split)} for split in SPLITS}
+
+
+def test_one_file_is_split_the_same_way_whatever_its_order(tmp_path):
+    """Five lines are enough; a sixth line does not depend on where it stands."""
+    forth = parts(build("file", f"dataset.path={write(tmp_path / 'a.jsonl', *FIVE)}"))
+    assert {split: len(texts) for split, texts in forth.items()} == {"train": 3, "validation": 1, "test": 1}
+    assert set.union(*forth.values()) == {row["question"] for row in FIVE}
+    assert parts(build("file", f"dataset.path={write(tmp_path / 'b.jsonl', *reversed(FIVE))}")) == forth
+    rows = [{"question": f"What is {i}?", "answer": i} for i in range(200)]
+    sizes = {split: len(texts) for split, texts in parts(build("file", f"dataset.path={write(tmp_path / 'c.jsonl', *rows)}")).items()}
+    assert sizes == {"train": 120, "validation": 40, "test": 40}
+
+
+def test_a_question_that_is_there_twice_is_not_both_trained_and_tested_on(tmp_path):
+    rows = [{"question": text, "answer": i} for i in range(40) for text in (f"What is {i}?", f"what is  {i}")]
+    dataset = build("file", f"dataset.path={write(tmp_path / 'a.jsonl', *rows)}")
+    assert dataset.overlap() == {"train_test": 0, "train_validation": 0, "examples_test": 0}
+    assert sum(len(dataset.questions(split)) for split in SPLITS) == 80
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "instruction"),
+    [
+        (FIVE, "choice", "the letter"),
+        ([{"question": f"{i}?", "answer": a} for i, a in enumerate(["1,000", 2, "-3.5"])], "number", "the number"),
+        ([{"question": f"{i}?", "answer": a} for i, a in enumerate([1789, "Paris", 3])], "text", "the answer"),
+    ],
+)
+def test_a_file_says_itself_what_its_answers_are(tmp_path, rows, kind, instruction):
+    path = write(tmp_path / "a.jsonl", *rows)
+    for overrides in ([f"dataset.path={path}"], [f"dataset.load.{split}={path}" for split in SPLITS]):
+        dataset = build("file", *overrides)
+        question = dataset.questions("train")[0]
+        assert question.kind == kind
+        assert instruction in Prompts(tiny_tokenizer(), dataset.prompt).text(question)
+    given = build("file", f"dataset.path={path}", "dataset.prompt.instruction=Think").prompt
+    assert given.instruct(question.kind) == "Think"
+
+
+def test_a_file_that_cannot_be_split(tmp_path):
+    two = write(tmp_path / "a.jsonl", *FIVE[:2], {**FIVE[0], "id": "again"})
+    with pytest.raises(UserError, match="2 different questions; at least 3 are needed, one each to train, validate and test"):
+        load_file("train", path=two)
+    with pytest.raises(UserError, match=r"dataset\.path is one file for all splits, and dataset\.load\.test is given too"):
+        load_file("train", path=two, test=two)
+    with pytest.raises(UserError, match=r"dataset\.path: there is no file .*absent\.csv"):
+        load_file("train", path=str(tmp_path / "absent.csv"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, {**GOOD, "answer": "C"}], "line 2: the gold answer must be one of the letters AB, not 'C'"),
+        ([GOOD, {**GOOD, "answer": "y"}], "line 2: the gold answer must be one of the letters AB, not 'y'"),
+        ([GOOD, {**GOOD, "answer": None}], "line 2: `answer` is missing"),
+        ([GOOD, {**GOOD, "question": ""}], "line 2: `question` is missing"),
+        ([GOOD, {"question": "?", "answer": "A"}], "line 2: `choices` is missing"),
+        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "line 2: the id 'x' is already that of line 1"),
+        ([{**GOOD, "choices": ["Same", "same."]}], "line 1: two choices are alike ('Same')"),
+        ([{**GOOD, "choices": ["x"]}], "line 1: `choices` must be a list of 2 to 26 strings"),
+        ([{**GOOD, "choices": "x, y"}], "line 1: `choices` must be a JSON list"),
+        ([GOOD, "", "{oops"], "line 3 is not JSON"),
+        (["[1, 2]"], "line 1: expected an object"),
+    ],
+)
+def test_a_malformed_file(tmp_path, rows, message):
+    path = write(tmp_path / "bad.jsonl", *rows)
+    with pytest.raises(UserError) as error:
+        load_file("train", train=path)
+    assert message in str(error.value)
+    assert path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_file_errors(tmp_path):
+    with pytest.raises(UserError, match=r"needs dataset\.path=FILE, or a file per split: dataset\.load\.validation=FILE"):
+        load_file("validation", train="x.jsonl")
+    with pytest.raises(UserError, match=r"there is no file .*absent\.jsonl"):
+        load_file("test", test=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match=r"must end in \.jsonl, \.csv or \.parquet"):
+        load_file("test", test=write(tmp_path / "a.txt", GOOD))
+    with pytest.raises(UserError, match="is not a Parquet file"):
+        load_file("test", test=write(tmp_path / "a.parquet", GOOD))
+    with pytest.raises(UserError, match=r"dataset\.load\.kind must be one of choice, number, text, or null"):
+        load_file("test", kind="letters", test=write(tmp_path / "a.jsonl", GOOD))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="line 1: the gold answer 'many' is not a number"):
+        load_file("test", kind="number", test=write(tmp_path / "b.jsonl", {"question": "?", "answer": "many"}))
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "Ä"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_file("test", kind="text", test=str(tmp_path / "latin.jsonl"))
+
+
+# --- no Hub ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_hub_names_the_three_ways_out(monkeypatch):
+    import datasets
+
+    def no_network(*_, **__):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(UserError) as error:
+        build("arc_easy").questions("test")
+    for way in ("access to the Hub", "data_root=DIR", "EMREASON_DATA_ROOT", "make data"):
+        assert way in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_root_without_the_data(tmp_path):
+    with pytest.raises(UserError, match=r"has no allenai/openbookqa/main/test-\*\.parquet.*make data"):
+        build("openbookqa", data_root=tmp_path).questions("test")
+
+
+def test_importing_the_module_does_not_import_the_library():
+    import subprocess
+
+    code = "import sys, emreason.questions.datasets; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,96 @@
+"""Every config composes and resolves; what is installed finds its configs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from emreason.evaluate import result_file
+from emreason.runs import experiment
+from emreason.runs.experiment import CONF, check_same_config, flatten, resolve
+from emreason.schemes.samplers import Scheme
+from emreason.types import UserError
+
+GROUPS = [(p.parent.name, p.stem) for p in sorted(Path(CONF).glob("*/*.yaml")) if p.stem != "base" and p.parent.name != "prompt"]
+
+
+def compose_config(*overrides: str, name: str = "train"):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose(name, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_readonly(cfg.hydra, False)
+        cfg.hydra.runtime.output_dir = "out"
+        return cfg
+
+
+@pytest.mark.parametrize(("group", "option"), GROUPS)
+def test_every_option_composes_and_resolves(group, option):
+    extra = ["model.load.path=x.gguf"] if option == "gguf" else []
+    cfg = compose_config(f"{group}={option}", *extra)
+    OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+
+
+MAY_CHANGE = {
+    "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "data_root",
+    "engine.max_batch",
+}  # fmt: skip
+"""What alters neither what is sampled nor what is learned nor how it is scored."""
+
+
+def test_a_resumed_run_may_change_nothing_else(tmp_path, monkeypatch):
+    cfg = compose_config("experiment=smoke", "logger=tensorboard", "peft=lora")
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    begun = resolve(cfg)
+    (tmp_path / "config.yaml").write_text(begun)
+    check_same_config(tmp_path, begun)
+    leaves = flatten(OmegaConf.to_container(OmegaConf.create(begun)))
+    assert len(leaves) > 60
+    monkeypatch.setattr(experiment, "read_config", lambda _: OmegaConf.create(begun))  # once is enough
+    for key in leaves:
+        changed = OmegaConf.create(begun)
+        OmegaConf.update(changed, key, "another")
+        free = any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        with contextlib.nullcontext() if free else pytest.raises(UserError, match=re.escape(f"({key}: ")):
+            check_same_config(tmp_path, OmegaConf.to_yaml(changed))
+
+
+def test_the_three_schemes():
+    tries = {}
+    for name in ("rs", "star", "pps"):
+        scheme = instantiate(compose_config(f"sampler={name}").sampler)
+        assert isinstance(scheme, Scheme)
+        tries[scheme.display] = scheme.tries
+    assert tries == {
+        "RS-4": ("question",) * 4,
+        "STaR": ("question", "rationalization"),
+        "PPS": ("rationalization",),
+    }
+    assert instantiate(compose_config("sampler=rs", "sampler.budget=2").sampler).display == "RS-2"
+
+
+def test_run_folders_differ_where_runs_do():
+    folders = {
+        compose_config(*overrides).hydra.run.dir
+        for overrides in (["seed=1"], ["seed=2"], ["sampler=pps"], ["sampler=rs"], ["sampler=rs", "sampler.budget=1"], ["tag=x"])
+    }
+    assert len(folders) == 6
+
+
+def test_the_evaluation_config_composes():
+    cfg = compose_config(name="evaluate")
+    assert cfg.split == "test"
+
+
+def test_results_of_one_run_do_not_replace_each_other(tmp_path):
+    (tmp_path / "config.yaml").write_text("dataset: {name: sums}\n")
+    asked = [[], ["split=validation"], ["method=loglikelihood"], ["dataset=arc_easy"], ["dataset=arc_easy", "method=loglikelihood"]]
+    names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
+    assert names[0] == "evaluation_test.json"
+    assert len(set(names)) == len(asked)
