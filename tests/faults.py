@@ -36,7 +36,13 @@ FAULTS = [
         "ckpt_path=None",
         "em/test_checkpoints.py::test_more_iterations_continue_a_finished_run",
     ),
-    fault("metrics: all kept on resume", "train.py", "keep_below=keep_below)", "keep_below=None)"),
+    fault(
+        "metrics: all kept on resume",
+        "train.py",
+        "keep_below=keep_below)",
+        "keep_below=None)",
+        "em/test_checkpoints.py::test_more_iterations_continue_a_finished_run",
+    ),
     fault(
         "tested and exported: the last",
         "train.py",
@@ -644,7 +650,13 @@ FAULTS = [
         "params = SamplingParams(0.5, max_new_tokens=max_new_tokens)",
         "scores/test_likelihood.py::test_what_is_scored_is_the_gold_answer_after_the_forced_cue",
     ),
-    fault("scoring pass with dropout", "scores/likelihood.py", "    with evaluating(model):\n", "    with torch.no_grad():\n"),
+    fault(
+        "scoring pass with dropout",
+        "scores/likelihood.py",
+        "    with evaluating(model):\n",
+        "    with torch.no_grad():\n",
+        "scores/test_likelihood.py::test_the_scoring_pass_agrees_with_the_engine",
+    ),
     fault(
         "Wilson: normal approximation",
         "scores/stats.py",
@@ -1199,7 +1211,11 @@ FAULTS = [
         "reports/test_report.py::test_mean_interval_bold_and_significance",
     ),
     fault(
-        "report: p-values are not corrected", "reports/comparison.py", "replace(pair, p_holm=p)", "replace(pair, p_holm=pair.difference.p)"
+        "report: p-values are not corrected",
+        "reports/comparison.py",
+        "replace(pair, p_holm=p)",
+        "replace(pair, p_holm=pair.difference.p)",
+        "reports/test_report.py::test_one_seed_compares_models_with_their_baseline_and_not_schemes",
     ),
     fault(
         "report: a copy of a run counts twice",
