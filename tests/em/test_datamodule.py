@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emreason.em.datamodule import RationaleDataModule
+from emreason.em.m_step import MStep
 from emreason.em.steps import make_steps
 from emreason.models.batches import Example, bucket, collate
 
@@ -40,10 +41,7 @@ def steps(n, accepted, normalize, world=1, rank=0, batch_size=4, epochs=1):
     return make_steps(
         [example(i, completion=2 + i % 5) for i in range(accepted)],
         n,
-        epochs=epochs,
-        batch_size=batch_size,
-        tokens_per_batch=20,
-        normalize=normalize,
+        MStep(epochs=epochs, batch_size=batch_size, tokens_per_batch=20, normalize=normalize),
         pad_id=PAD,
         seed=3,
         rank=rank,
@@ -72,9 +70,8 @@ def test_ranks_together_train_on_every_rationale_once_per_epoch(n, share, world,
 
 def test_every_epoch_and_every_seed_has_an_order_of_its_own():
     def order(seed):
-        made = make_steps(
-            [example(i) for i in range(12)], 12, epochs=2, batch_size=1, tokens_per_batch=20, normalize="rationales", pad_id=PAD, seed=seed
-        )
+        settings = MStep(epochs=2, batch_size=1, tokens_per_batch=20, normalize="rationales")
+        made = make_steps([example(i) for i in range(12)], 12, settings, pad_id=PAD, seed=seed)
         ids = [q for s in made for b in s.batches for q in b.question_ids]
         return ids[:12], ids[12:]
 

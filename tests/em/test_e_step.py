@@ -13,11 +13,12 @@ from test_samplers import WRONG, scheme
 from test_weights import plain
 
 from emreason.em.datamodule import RationaleDataModule
-from emreason.em.e_step import EStep, e_step_record
+from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal
+from emreason.schemes.diagnostics import e_step_record
 from emreason.types import UserError
 
 
