@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from emreason.evaluate import result_file
+from emreason.runs import experiment
 from emreason.runs.checks import check_values
-from emreason.runs.experiment import CONF
+from emreason.runs.experiment import CONF, check_same_config, flatten
 from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
 
@@ -33,6 +36,30 @@ def test_every_option_composes_and_resolves(group, option):
     extra = ["model.load.path=x.gguf"] if option == "gguf" else []
     cfg = compose_config(f"{group}={option}", *extra)
     OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+
+
+MAY_CHANGE = {
+    "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "data_root",
+    "engine.max_batch",
+}  # fmt: skip
+"""What alters neither what is sampled nor what is learned nor how it is scored."""
+
+
+def test_a_resumed_run_may_change_nothing_else(tmp_path, monkeypatch):
+    cfg = compose_config("experiment=smoke", "logger=tensorboard", "peft=lora")
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    begun = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
+    (tmp_path / "config.yaml").write_text(begun)
+    check_same_config(tmp_path, begun)
+    leaves = flatten(OmegaConf.to_container(OmegaConf.create(begun)))
+    assert len(leaves) > 60
+    monkeypatch.setattr(experiment, "read_config", lambda _: OmegaConf.create(begun))  # once is enough
+    for key in leaves:
+        changed = OmegaConf.create(begun)
+        OmegaConf.update(changed, key, "another")
+        free = any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        with contextlib.nullcontext() if free else pytest.raises(UserError, match=re.escape(f"({key}: ")):
+            check_same_config(tmp_path, OmegaConf.to_yaml(changed))
 
 
 def test_the_three_schemes():
