@@ -21,7 +21,7 @@ from rich.text import Text
 from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import common_prefix
 from emreason.progress import bar
-from emreason.questions.answers import answer_stop, correct, extract, gold_text
+from emreason.questions.answers import correct, extract, gold_text, stop_at_answer
 from emreason.questions.grammar.thinking import said
 from emreason.runs.checks import check_values
 from emreason.runs.console import quiet, report_errors
@@ -42,8 +42,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: a value is not allowed, or data or model cannot be loaded.
     """
     check_values(cfg)
-    experiment = build(cfg)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    experiment = build(cfg)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
@@ -87,7 +87,7 @@ def sampled(
     tokenizer = experiment.tokenizer
     asked = ((q, experiment.prompts.ids(q, "question", n_examples)) for q in questions)
     queue = deque(
-        Request((q.id, i), ids, scheme.params, draw_seed(seed, -1, q.id, i), answer_stop(q, ids, tokenizer))
+        Request((q.id, i), ids, scheme.params, draw_seed(seed, -1, q.id, i), stop_at_answer(q, tokenizer, ids))
         for q, ids in asked
         for i in range(k)
     )

@@ -122,6 +122,20 @@ def test_what_the_real_data_is(real):
     }
 
 
+def test_overlap_is_counted_and_dropped():
+    texts = {"train": "abcdef", "validation": "fg", "test": "aBhi"}
+
+    def load(split):
+        return [Question(f"{split}-{t}", f"{t}?", "1", "number") for t in texts[split]]
+
+    shown = [{"question": "h?", "answer": 1, "rationale": "So."}]
+    for drop, left in [(False, "abcdef"), (True, "cde")]:
+        dataset = Dataset("d", load, TEMPLATE, shown, drop_overlap=drop)
+        assert sorted(question.text[0] for question in dataset.questions("train")) == list(left)
+        assert len(dataset.questions("test")) == 4
+        assert dataset.overlap() == {"train_test": 2, "train_validation": 1, "examples_test": 1}
+
+
 @pytest.mark.real
 def test_drop_overlap(hub):
     dataset = build("openbookqa", "dataset.drop_overlap=true", data_root=hub)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from emreason.evaluate import result_file
-from emreason.runs.experiment import CONF
+from emreason.runs import experiment
+from emreason.runs.checks import check_values
+from emreason.runs.experiment import CONF, check_same_config, flatten
 from emreason.schemes.samplers import Scheme
+from emreason.types import UserError
 
 GROUPS = [(p.parent.name, p.stem) for p in sorted(Path(CONF).glob("*/*.yaml")) if p.stem != "base" and p.parent.name != "prompt"]
 
@@ -31,6 +36,30 @@ def test_every_option_composes_and_resolves(group, option):
     extra = ["model.load.path=x.gguf"] if option == "gguf" else []
     cfg = compose_config(f"{group}={option}", *extra)
     OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+
+
+MAY_CHANGE = {
+    "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "data_root",
+    "engine.max_batch",
+}  # fmt: skip
+"""What alters neither what is sampled nor what is learned nor how it is scored."""
+
+
+def test_a_resumed_run_may_change_nothing_else(tmp_path, monkeypatch):
+    cfg = compose_config("experiment=smoke", "logger=tensorboard", "peft=lora")
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    begun = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
+    (tmp_path / "config.yaml").write_text(begun)
+    check_same_config(tmp_path, begun)
+    leaves = flatten(OmegaConf.to_container(OmegaConf.create(begun)))
+    assert len(leaves) > 60
+    monkeypatch.setattr(experiment, "read_config", lambda _: OmegaConf.create(begun))  # once is enough
+    for key in leaves:
+        changed = OmegaConf.create(begun)
+        OmegaConf.update(changed, key, "another")
+        free = any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        with contextlib.nullcontext() if free else pytest.raises(UserError, match=re.escape(f"({key}: ")):
+            check_same_config(tmp_path, OmegaConf.to_yaml(changed))
 
 
 def test_the_three_schemes():
@@ -66,3 +95,19 @@ def test_results_of_one_run_do_not_replace_each_other(tmp_path):
     names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
     assert names[0] == "evaluation_test.json"
     assert len(set(names)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampler.budget=0", "sampler.budget=1.5", "sampler.temperature=-1.0", "sampler.top_p=0.0", "sampler.max_new_tokens=0",
+        "sampler.worked_examples=-1", "sampler.keep=0", "sampler.weigh=much", "sampler.truncate=0.5", "sampler.choose=some",
+        "sampler.share=0", "m_step.epochs=0", "m_step.batch_size=0", "m_step.tokens_per_batch=-1", "m_step.init=zero",
+        "m_step.normalize=mean", "m_step.max_grad_norm=0.0", "m_step.optimizer=drop", "m_step.on_zero_accepted=stop",
+        "m_step.warmup_steps=-1",
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=key):
+        check_values(compose_config(override))

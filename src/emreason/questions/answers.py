@@ -20,7 +20,6 @@ from emreason.types import Question, UserError
 
 __all__ = [
     "answer_line_complete",
-    "answer_stop",
     "check",
     "correct",
     "extract",
@@ -28,6 +27,7 @@ __all__ = [
     "normalise",
     "parse_number",
     "statement_start",
+    "stop_at_answer",
 ]
 
 LINE = 1000
@@ -75,8 +75,8 @@ def answer_line_complete(text: str, question: Question) -> bool:
     return decided is not None and decided[0].form in ("line", "tag", "heading")
 
 
-def answer_stop(question: Question, prompt_ids: Sequence[int], tokenizer: Any) -> Callable[[list[int]], bool]:
-    """A request's `stop`: whether the ids drawn so far hold a complete answer line."""
+def stop_at_answer(question: Question, tokenizer: Any, prompt_ids: Sequence[int]) -> Callable[[list[int]], bool]:
+    """The `stop` of a request: whether the tokens so far hold a complete answer line."""
     return lambda ids: answer_line_complete(said(ids, prompt_ids, tokenizer), question)
 
 

@@ -16,7 +16,7 @@ from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import evaluating
 from emreason.models.batches import Example, bucket, collate
 from emreason.progress import Bar
-from emreason.questions.answers import answer_stop, gold_text, statement_start
+from emreason.questions.answers import gold_text, statement_start, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import ANSWER_CUE, Prompts, following
 from emreason.scores.scoring import mean, token_logprobs
@@ -87,7 +87,7 @@ def marginal_bounds(
     params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
     asked = ((q, prompts.ids(q, "question", n_examples)) for q in questions)
     queue = deque(
-        Request((q.id, i), ids, params, draw_seed(seed, BOUND, q.id, i), answer_stop(q, ids, tokenizer))
+        Request((q.id, i), ids, params, draw_seed(seed, BOUND, q.id, i), stop_at_answer(q, tokenizer, ids))
         for q, ids in asked
         for i in range(k)
     )

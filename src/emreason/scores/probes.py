@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from emreason.engines.drawing import draw_seed
-from emreason.questions.answers import answer_stop, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
 from emreason.scores.scoring import forced_params
@@ -65,7 +65,7 @@ def log_ratios(
     by_id = {q.id: q for q in questions}
     params = SamplingParams(max_new_tokens=max_new_tokens)
     asked = ((q, prompts.ids(q)) for q in questions)
-    queue = deque(Request(q.id, ids, params, draw_seed(seed, DIVERGENCE, q.id, 0), answer_stop(q, ids, tokenizer)) for q, ids in asked)
+    queue = deque(Request(q.id, ids, params, draw_seed(seed, DIVERGENCE, q.id, 0), stop_at_answer(q, tokenizer, ids)) for q, ids in asked)
     drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
     pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
     both = zip(drawn, score(pairs), score_base(pairs), strict=True)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from emreason.models.families import base_causal_lm
 from emreason.models.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
-from emreason.questions.answers import answer_stop, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import Prompts
 from emreason.scores.stats import wilson
@@ -66,7 +66,7 @@ def predict(
     by_id = {question.id: question for question in questions}
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     asked = ((q, prompts.ids(q, "question", n_examples)) for q in questions)
-    queue = deque(Request(q.id, ids, params, stop=answer_stop(q, ids, tokenizer)) for q, ids in asked)
+    queue = deque(Request(q.id, ids, params, stop=stop_at_answer(q, tokenizer, ids)) for q, ids in asked)
     drawn: dict[str, Completion] = {}
     hits = 0
     for completion in engine.generate(queue):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,7 +16,7 @@ from emreason.em.e_step import EStep, iterations_done
 from emreason.em.module import EMModule
 from emreason.models.loading import weights_fingerprint
 from emreason.runs.journal import JsonLines, read_lines, to_line, write_atomic
-from emreason.runs.summary import Summary, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, tokens_drawn
 from emreason.scores.scoring import Prediction
 from emreason.types import Question
 
@@ -56,11 +56,12 @@ class Recorder(Callback):
             if split not in self.baseline_splits:
                 return None
             mine = questions[trainer.global_rank :: trainer.world_size]
-            key = (weights, module.prompts.fingerprint(), tuple(questions), n_examples, module.max_new_tokens, module.forced)
+            asked = module.evaluation
+            key = (weights, module.prompts.fingerprint(), tuple(questions), n_examples, asked.max_new_tokens, asked.forced)
             if key not in _MEASURED:
                 _MEASURED[key] = module.evaluate(mine, label, n_examples)
             score, predictions = _MEASURED[key]
-            if split == "validation" and module.bound:
+            if split == "validation" and asked.bound:
                 score = score | module.marginal(mine, f"{label}, log-likelihood")
             if trainer.is_global_zero:
                 shots = "few_shot" if n_examples else "zero_shot"
@@ -90,6 +91,24 @@ class Recorder(Callback):
         self.tokens += e_step.record["tokens"]
         if self.token_budget is not None and self.tokens >= self.token_budget:
             trainer.should_stop = True
+
+
+class Checkpoints(Checkpoint):
+    """`best.ckpt`, the weights of the best iteration, and `last.ckpt`, what a resumed run goes on from; after the summary is written.
+
+    Which one is the best is read from the summary: Lightning's `ModelCheckpoint` forgets it in a run folder that was moved.
+    """
+
+    def __init__(self, summary: Summary, folder: Path):
+        self.summary = summary
+        self.best, self.last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        # the first rank alone has the summary
+        is_best = trainer.is_global_zero and best_iteration(self.summary.values["iterations"]) == trainer.current_epoch
+        if trainer.strategy.broadcast(is_best):
+            trainer.save_checkpoint(self.best, weights_only=True)
+        trainer.save_checkpoint(self.last)
 
 
 def write_predictions(folder: Path, name: str, predictions: list[Prediction]) -> None:
