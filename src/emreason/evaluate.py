@@ -29,7 +29,7 @@ from emreason.runs.experiment import CONF, Experiment, build, read_config
 from emreason.runs.journal import write_json
 from emreason.schemes.samplers import Scheme
 from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
-from emreason.scores.scoring import Stopwatch, mean, predict, score, token_logprobs
+from emreason.scores.scoring import Stopwatch, mean, predict, score
 from emreason.scores.stats import pass_at_k, wilson
 from emreason.tracking.recorder import write_predictions
 from emreason.types import Question, Request, UserError, plain
@@ -141,17 +141,11 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
 
 def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
     """log π(continuation | prompt), nats, of each; single tokens share one forward pass of the prompt alone."""
-    device = next(model.parameters()).device
     if all(len(ids) == 1 for ids in continuations):
-        logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
+        ids = torch.tensor([prompt], device=next(model.parameters()).device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         return logits.float().log_softmax(-1)[[ids[0] for ids in continuations]]
-    width = len(prompt) + max(map(len, continuations))
-    ids = torch.zeros((len(continuations), width), dtype=torch.long, device=device)
-    mask = torch.zeros((len(continuations), width), dtype=torch.bool, device=device)
-    for row, continuation in enumerate(continuations):
-        ids[row, : len(prompt) + len(continuation)] = torch.tensor([*prompt, *continuation])
-        mask[row, len(prompt) : len(prompt) + len(continuation)] = True
-    return torch.zeros(len(continuations), device=device).index_add(0, mask.nonzero()[:, 0], token_logprobs(model, ids, mask))
+    return torch.tensor(completion_logprobs(model, [(tuple(prompt), tuple(ids)) for ids in continuations]))
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
