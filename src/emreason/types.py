@@ -23,7 +23,8 @@ class Question:
     """One question x with its gold answer y*.
 
     For `kind == "choice"` the choices are shown under letters A, B, C, … in order and `answer` is the gold letter;
-    for `number` and `text` there are no choices and `answer` is the gold string. `verify` overrides the comparison
+    for `number` and `text` there are no choices and `answer` is the gold string. `aliases` are other right answers. `answer_as`: whether a
+    choice question is answered by the letter or by the text of the choice. `verify` overrides the comparison
     of an extracted answer with the gold one (datasets that bring their own verifier).
     """
 
@@ -32,6 +33,8 @@ class Question:
     answer: str
     kind: AnswerKind
     choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    answer_as: Literal["letter", "text"] = "letter"
     verify: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
 
     @property
