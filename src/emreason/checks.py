@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -98,6 +100,7 @@ ALLOWED = {
     "bound": whole(0),
     "evaluation.baseline": _SPLITS,
     "dataset.drop_overlap": FLAG,
+    "dataset.answer_as": one_of("letter", "text"),
     "dataset.limit.train": or_null(whole(1)),
     "dataset.limit.validation": or_null(whole(1)),
     "dataset.limit.test": or_null(whole(1)),
@@ -112,6 +115,10 @@ ALLOWED = {
     "trainer.devices": _DEVICES,
     "trainer.num_nodes": whole(1),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.deterministic": one_of(True, False, "warn", None),
+    "trainer.benchmark": or_null(FLAG),
+    "trainer.detect_anomaly": FLAG,
+    "trainer.profiler": one_of("simple", "advanced", "pytorch", None),
     "split": one_of("train", "validation", "test"),
     "method": one_of("generate", "loglikelihood"),
     "examples": whole(0),
@@ -119,6 +126,93 @@ ALLOWED = {
     "predictions": FLAG,
 }
 """Keys of `conf/train.yaml` and `conf/evaluate.yaml`. Settings that depend on each other are checked where they are used."""
+
+
+_GROUPS = {"model", "dataset", "sampler", "engine", "peft", "trainer"}
+EVALUATION_KEYS = _GROUPS | {"run", "split", "method", "examples", "samples", "bound", "seed", "data_root", "predictions"}
+TRAIN_KEYS = _GROUPS | {
+    *("task", "seed", "tag", "data_root", "overwrite", "m_step", "evaluation", "token_budget", "keep_checkpoints", "rationale_rows"),
+    *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
+}
+SECTIONS = {
+    "evaluation": {"max_new_tokens", "forced", "bound", "bound_questions", "diagnostics", "few_shot", "baseline"},
+    "model": {"name", "load"},
+    "peft": {"name", "add"},
+    "dataset.limit": {"train", "validation", "test"},
+    "dataset.load.splits": {"train", "validation", "test"},
+}
+"""Keys of the sections that are no arguments of a `_target_`."""
+
+TRAINER_KEYS = {
+    *("max_epochs", "accelerator", "devices", "num_nodes", "strategy"),
+    *("deterministic", "benchmark", "detect_anomaly", "profiler"),
+}
+INSTEAD = {
+    "accumulate_grad_batches": "m_step.batch_size, which is the number of questions per step, however they are batched",
+    "gradient_clip_val": "m_step.max_grad_norm",
+    "gradient_clip_algorithm": "m_step.max_grad_norm",
+    "precision": "engine.dtype, which sampling and training share",
+    "max_steps": "trainer.max_epochs, the EM iterations, and m_step.epochs",
+    "min_steps": "trainer.max_epochs, the EM iterations, and m_step.epochs",
+    "min_epochs": "trainer.max_epochs",
+    "max_time": "token_budget, which ends a run after a whole iteration",
+    "limit_train_batches": "dataset.limit.train",
+    "limit_val_batches": "dataset.limit.validation",
+    "limit_test_batches": "dataset.limit.test",
+    "limit_predict_batches": "dataset.limit.test",
+    "overfit_batches": "dataset.limit.train",
+    "fast_dev_run": "experiment=smoke, or dataset.limit.* and trainer.max_epochs=1",
+    "check_val_every_n_epoch": "dataset.limit.validation for a cheaper validation; the best iteration is chosen by it, so each has one",
+    "val_check_interval": "m_step.epochs for shorter iterations; validation follows each",
+    "num_sanity_val_steps": "evaluation.baseline, the splits measured before the first iteration",
+    "reload_dataloaders_every_n_epochs": "m_step.epochs for more passes over what one E-step has sampled",
+    "log_every_n_steps": "nothing: every step is logged",
+    "logger": "logger=csv, tensorboard or wandb",
+    "callbacks": "nothing: the loop's own callbacks are its parts",
+    "plugins": "nothing: checkpoints are written by the program's own plugin",
+    "default_root_dir": "hydra.run.dir, the run folder",
+    "enable_checkpointing": "keep_checkpoints; while a run goes on it needs them",
+    "enable_progress_bar": "nothing: the program shows its own",
+    "enable_model_summary": "nothing: the table names the model",
+    "enable_autolog_hparams": "logger=none",
+    "use_distributed_sampler": "nothing: the program shards the questions itself",
+    "inference_mode": "nothing: it is off, as sampling and training share their weights",
+    "sync_batchnorm": "nothing: language models have no batch norm",
+    "barebones": "logger=none and evaluation.baseline=[]",
+    "model_registry": "logger=wandb, which keeps the model as an artifact",
+}
+"""Arguments of Lightning's Trainer that would break an EM iteration or do nothing here, and what does their work."""
+
+
+def check_keys(cfg: DictConfig, known: Collection[str]) -> None:
+    """Refuse keys that nothing reads.
+
+    Args:
+        known: keys at the top of the config.
+
+    Raises:
+        UserError: names the key, and one that is like it.
+    """
+    raw = OmegaConf.to_container(cfg)  # nothing is resolved
+    assert isinstance(raw, dict)
+    named = " ".join(value for value in _strings(raw) if "${" in value)
+    unread = [str(key) for key in raw if key not in known and key != "hydra" and not re.search(rf"\b{re.escape(str(key))}\b", named)]
+    for section, keys in SECTIONS.items():
+        node = OmegaConf.select(cfg, section)
+        unread += [f"{section}.{key}" for key in (node if OmegaConf.is_dict(node) else ()) if key not in keys]
+    if unread:
+        last = unread[0].rpartition(".")[2]
+        like = difflib.get_close_matches(last, [*known, *(key for keys in SECTIONS.values() for key in keys)], n=1)
+        raise UserError(f"{unread[0]}: nothing reads this key{f'; did you mean {like[0]}?' if like else ''}; every key: emreason --cfg job")
+    for key in known:
+        _check_names(key, cfg.get(key))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(item)
+        if isinstance(item, str):
+            yield item
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -135,18 +229,23 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not allowed.holds(value):
             raise UserError(f"{key}={'null' if value is None else value}: it must be {allowed.words}.")
+    check_keys(cfg, EVALUATION_KEYS if "method" in cfg else TRAIN_KEYS)
     _check_betas(OmegaConf.select(cfg, "optimizer.betas"))
+    _check_trainer(cfg.trainer)
     _check_devices(cfg)
-    for key in ("model.load", "engine", "peft.add", "optimizer", "trainer", "logger"):
-        _check_names(key, OmegaConf.select(cfg, key))
 
 
 _ABSENT = object()
 
 
 def _check_names(key: str, node: Any) -> None:
-    """The names under `key` are arguments of its `_target_`: told before the model is loaded and the target called."""
-    if not OmegaConf.is_dict(node) or "_target_" not in node:
+    """The names under `key` are arguments of its `_target_`: told before the model is loaded and the target called. Those below it, too."""
+    if not OmegaConf.is_dict(node):
+        return
+    for name in node:
+        if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
+            _check_names(f"{key}.{name}", node[name])
+    if "_target_" not in node:
         return
     try:
         target = hydra.utils.get_object(node["_target_"])
@@ -172,6 +271,16 @@ def _check_betas(betas: Any) -> None:
         OmegaConf.is_list(betas) and len(betas) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in betas)
     ):
         raise UserError(f"optimizer.betas={betas}: it must be two numbers in [0, 1).")
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    """Only those of Lightning's arguments that fit a loop in which an epoch is an EM iteration."""
+    for key in trainer:
+        name = str(key)
+        if name in INSTEAD:
+            raise UserError(f"trainer.{name}: it does not fit a loop in which an epoch is an EM iteration; use {INSTEAD[name]}.")
+        if name not in TRAINER_KEYS and not name.startswith("_"):
+            raise UserError(f"trainer.{name}: it must be one of {', '.join(sorted(TRAINER_KEYS))}.")
 
 
 def _check_devices(cfg: DictConfig) -> None:
@@ -230,11 +339,30 @@ def _dotted(node: Any, prefix: str) -> Iterator[str]:
 _SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
+_PATHS = re.compile(
+    r"\+{0,2}(dataset\.path|dataset\.load\.(train|validation|test|path)|data_root|model\.load\.path|run|hydra\.(run|sweep)\.dir)"
+)
+
+
 def quoted(argument: str) -> str:
-    """An override whose value holds `=`, like the run folders' `seed=1`, in the quotes that Hydra wants around it."""
-    key, _, value = argument.partition("=")
-    plain_value = "=" in value and not re.search(r"""['"\[\]{}(),$]""", value) and not argument.startswith("-")
-    return f"{key}='{value}'" if plain_value else argument
+    """An override in the quotes that Hydra wants around its value: a path, whatever is in it, or a text with `=` or signs that Hydra's
+    grammar does not know. Commas between paths separate the jobs of a sweep, unless there is a file of that name.
+    """
+    key, is_set, value = argument.partition("=")
+    if not is_set or argument.startswith("-") or re.match(r"""['"]|(choice|glob|sort|shuffle)\(|null$|\s*$""", value) or "${" in value:
+        return argument
+    if _PATHS.fullmatch(key):
+        parts = [value] if Path(value).expanduser().exists() else value.split(",")
+        return f"{key}={','.join(map(_in_quotes, parts))}"
+    odd = re.search(r"[^\w\s\-./\\:+%@?|]", value) or not value.isascii()
+    return f"{key}={_in_quotes(value)}" if odd and not re.search(r"""['"\[\]{}(),$]""", value) else argument
+
+
+def _in_quotes(text: str) -> str:
+    """Hydra halves the backslashes before a quotation mark and keeps all others."""
+    if re.match(r"""['"]""", text):
+        return text
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

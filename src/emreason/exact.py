@@ -14,6 +14,7 @@ from rich.console import Console
 from scipy import stats
 from torch import Tensor
 
+from emreason.checks import TRAIN_KEYS, check_keys
 from emreason.journal import write_json
 from emreason.laboratory import Hint, Tabular, TabularEngine, accepted, kl, make_questions, make_tabular, rationale_index
 from emreason.prompts import Prompts, PromptTemplate
@@ -37,6 +38,7 @@ class Curve:
 
 def run(cfg: DictConfig, folder: Path) -> float:
     """The task of `experiment=exact`: a table, and `exact.json` and `exact.png` in `folder`. Returns exact EM's last log π(y*|x)."""
+    check_keys(cfg, {*TRAIN_KEYS, "laboratory"})
     lab = cfg.laboratory
     hint = Hint(**lab.hint)
     model = make_tabular(lab.questions, lab.answers, lab.letters, lab.max_length, cfg.seed, lab.sharpness, hint)

@@ -15,6 +15,7 @@ import hydra
 import torch
 import yaml
 from hydra.errors import HydraException, OverrideParseException
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -81,11 +82,18 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     for split in ("train", "validation", "test"):
         dataset.questions(split)
     hydra.utils.instantiate(cfg.sampler)
+    wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
+    if wanted > there:
+        key = "examples" if "examples" in cfg else "sampler.worked_examples"
+        raise UserError(
+            f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
+        )
+    rank_zero_only(console().print)(dataset.understood(), highlight=False, soft_wrap=True)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
-    wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
-    if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
-        wanted = "float32"  # ranks that measured for themselves could disagree
-    chosen = choose_dtype(wanted, device)
+    precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
+        precision = "float32"  # ranks that measured for themselves could disagree
+    chosen = choose_dtype(precision, device)
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied

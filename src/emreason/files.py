@@ -175,7 +175,7 @@ def _whole(text: str, suffix: str, name: str) -> list[Any] | None:
 def _records(value: Any) -> list[Any] | None:
     """The list of objects that a JSON value is or holds."""
     if isinstance(value, list):
-        return value if any(isinstance(item, dict) for item in value) else None
+        return value if not value or any(isinstance(item, dict) for item in value) else None
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list) and any(isinstance(part, dict) for part in item)}
         if {plain_name(key) for key in value} & {*QUESTION, *ANSWER}:
@@ -196,7 +196,7 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise UserError(f"{where} is not JSON: {error.msg} at {place}.") from None
+        raise UserError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} cannot be read: {error}.") from None
 

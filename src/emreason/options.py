@@ -151,6 +151,9 @@ def position(answer: str, options: Sequence[Option], gold: Gold) -> int | None:
             return labels.index(answer.casefold())
         if (match := _LETTER_LIKE.fullmatch(answer)) and match[1].casefold() in labels:
             return labels.index(match[1].casefold())
+        if len(answer) == 1 and answer.isalpha() and all(label.isdecimal() for label in labels):  # choice1 … and the answer B
+            place = LETTERS.find(answer.upper())
+            return place if 0 <= place < len(options) else None
         if (match := _LETTER_AND_TEXT.fullmatch(answer)) and match[1].casefold() in labels:  # "B) carbon dioxide"
             place = labels.index(match[1].casefold())
             return place if normalise(options[place].text or "") == normalise(match[2]) else None

@@ -178,9 +178,18 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
             shutil.rmtree(folder / "checkpoints")
 
 
+def _loggers(cfg: DictConfig, folder: Path) -> list[Any]:
+    """The logger of the config, if any; the run folder is the first argument of a partial one, unless it has a folder of its own."""
+    if not cfg.logger:
+        return []
+    logger = hydra.utils.instantiate(cfg.logger)
+    if isinstance(logger, functools.partial):
+        logger = logger() if logger.keywords.keys() & {"save_dir", "folder"} else logger(folder)
+    return [logger]
+
+
 def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
-    logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
-    loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
+    loggers = [JsonlLogger(folder, keep_below=keep_below), *_loggers(cfg, folder)]
     make = functools.partial(
         hydra.utils.instantiate(cfg.trainer, _partial_=True),
         max_epochs=max_epochs,
