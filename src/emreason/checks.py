@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import math
 import os
@@ -184,6 +185,10 @@ INSTEAD = {
 """Arguments of Lightning's Trainer that would break an EM iteration or do nothing here, and what does their work."""
 
 
+EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "VllmEngine": ("vllm",)}
+"""What needs a package that is not always there."""
+
+
 def check_keys(cfg: DictConfig, known: Collection[str]) -> None:
     """Refuse keys that nothing reads.
 
@@ -252,6 +257,9 @@ def _check_names(key: str, node: Any) -> None:
         inspect.signature(target).bind_partial(**{str(k): None for k in node if not str(k).startswith("_")})
     except Exception as error:  # importing a module can raise anything
         raise UserError(f"{key} ({node['_target_']}): {error}.") from error
+    name = node["_target_"].rpartition(".")[2]
+    if name in EXTRAS and not any(importlib.util.find_spec(package) for package in EXTRAS[name]):
+        raise UserError(f"{key} ({name}): it needs the package {EXTRAS[name][0]}: pip install 'emreason[{EXTRAS[name][0]}]'.")
 
 
 def try_optimizer(make: Callable[..., Any]) -> None:
@@ -343,6 +351,8 @@ _PATHS = re.compile(
     r"\+{0,2}(dataset\.path|dataset\.load\.(train|validation|test|path)|data_root|model\.load\.path|run|hydra\.(run|sweep)\.dir)"
 )
 
+_COLUMNS = re.compile(r"dataset\.columns\.\w+")
+
 
 def quoted(argument: str) -> str:
     """An override in the quotes that Hydra wants around its value: a path, whatever is in it, or a text with `=` or signs that Hydra's
@@ -351,7 +361,7 @@ def quoted(argument: str) -> str:
     key, is_set, value = argument.partition("=")
     if not is_set or argument.startswith("-") or re.match(r"""['"]|(choice|glob|sort|shuffle)\(|null$|\s*$""", value) or "${" in value:
         return argument
-    if _PATHS.fullmatch(key):
+    if _PATHS.fullmatch(key) or (_COLUMNS.fullmatch(key) and not value.startswith("[")):
         parts = [value] if Path(value).expanduser().exists() else value.split(",")
         return f"{key}={','.join(map(_in_quotes, parts))}"
     odd = re.search(r"[^\w\s\-./\\:+%@?|]", value) or not value.isascii()

@@ -146,19 +146,25 @@ def position(answer: str, options: Sequence[Option], gold: Gold) -> int | None:
         alike = [place for place, option in enumerate(options) if option.text is not None and normalise(option.text) == normalise(answer)]
         return alike[0] if len(alike) == 1 else None
     if gold == "label":
-        labels = [(option.label or letter).casefold() for option, letter in zip(options, LETTERS, strict=False)]
-        if answer.casefold() in labels:
-            return labels.index(answer.casefold())
-        if (match := _LETTER_LIKE.fullmatch(answer)) and match[1].casefold() in labels:
-            return labels.index(match[1].casefold())
-        if len(answer) == 1 and answer.isalpha() and all(label.isdecimal() for label in labels):  # choice1 … and the answer B
-            place = LETTERS.find(answer.upper())
-            return place if 0 <= place < len(options) else None
-        if (match := _LETTER_AND_TEXT.fullmatch(answer)) and match[1].casefold() in labels:  # "B) carbon dioxide"
-            place = labels.index(match[1].casefold())
-            return place if normalise(options[place].text or "") == normalise(match[2]) else None
-        return None
+        letters = [letter.casefold() for letter, _ in zip(LETTERS, options, strict=False)]
+        labels = [(option.label or letter).casefold() for option, letter in zip(options, letters, strict=False)]
+        numbered = all(label.isdecimal() for label in labels)  # choice1 … and the answer B
+        return next(
+            (place for names in (labels, letters if numbered else []) if (place := _named(answer, names, options)) is not None), None
+        )
     if not re.fullmatch(r"[0-9]{1,2}", answer):
         return None
     place = int(answer) - (gold == "index1")
     return place if 0 <= place < len(options) else None
+
+
+def _named(answer: str, labels: Sequence[str], options: Sequence[Option]) -> int | None:
+    """The place of a label: alone, in brackets, or before its choice's text."""
+    if answer.casefold() in labels:
+        return labels.index(answer.casefold())
+    if (match := _LETTER_LIKE.fullmatch(answer)) and match[1].casefold() in labels:
+        return labels.index(match[1].casefold())
+    if (match := _LETTER_AND_TEXT.fullmatch(answer)) and match[1].casefold() in labels:  # "B) carbon dioxide"
+        place = labels.index(match[1].casefold())
+        return place if normalise(options[place].text or "") == normalise(match[2]) else None
+    return None

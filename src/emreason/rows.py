@@ -116,8 +116,8 @@ class Reading:
         value = lookup(row.record, self.choices[0]) if self.choices else None
         return read_options(value, lambda v: option_text(v, row.where), row.where)
 
-    def answers(self, row: Row) -> list[str]:
-        """The gold answer as it stands there, then its aliases; empty where there is none.
+    def answers(self, row: Row, whole: bool = False) -> list[str]:
+        """The gold answer, then its aliases; empty where there is none. Of a worked solution its last part, unless `whole`.
 
         Raises:
             UserError: it is no text.
@@ -128,7 +128,7 @@ class Reading:
             return []
         texts = [as_text(value, row.where, self.answer) for value in [*found, *extra] if not absent(value)]
         texts += [str(value).lower() for value in found if isinstance(value, bool)]  # who answers "true" is right, too
-        return list(dict.fromkeys(final(text) if self.worked or "####" in text else text for text in texts))
+        return list(dict.fromkeys(final(text) if not whole and (self.worked or "####" in text) else text for text in texts))
 
 
 def read(rows: Sequence[Row], asked: Asked, source: str, together: Sequence[Row] | None = None) -> list[Question]:
@@ -186,13 +186,15 @@ def to_question(row: Row, reading: Reading) -> Question:
         shown = lookup(row.record, reading.answer)
         said = "is missing" if shown in (None, "", []) else f"is {shown!r}, which is no answer"
         raise UserError(f"{row.where}: `{reading.answer}` {said}; mend the row, or leave such rows out: dataset.load.skip_unusable=true.")
+    if not answers[0]:
+        raise UserError(f"{row.where}: `{reading.answer}` is a worked solution that does not end with `#### ANSWER` or \\boxed{{ANSWER}}.")
     given = lookup(row.record, reading.id) if reading.id else None
     name = row.id if absent(given, words=False) else as_text(given, row.where, "id")
     options = reading.options(row) if reading.kind == "choice" or reading.asked.kind is None else []
     if reading.kind != "choice":
-        if sum(option.text is not None for option in options) > 1:
+        if any(option.text is not None for option in options):
             raise UserError(f"{row.where}: it has choices, most other rows have none; set dataset.load.kind=choice or {reading.kind}.")
-        question = Question(name, text, answers[0], reading.kind, aliases=tuple(answers[1:]))
+        question = Question(name, text, answers[0], reading.kind, aliases=tuple(filter(None, answers[1:])))
     else:
         answer, choices = _choose(row, answers, options, reading)
         question = Question(name, text, answer, "choice", choices)
@@ -267,7 +269,9 @@ def understand(rows: Sequence[Row], asked: Asked, source: str) -> Reading:
     answer = named("answer", ANSWER, needed=True)[0]
     if not choices and "answer" not in given and plain_name(answer) == "answers" and (index := _find(INDEX, usual)):
         choices, answer = (answer,), index[0]  # a list of answers and which of them is right
-    aliases, identity = (given.get(role) or tuple(_find(names, usual)[:1]) for role, names in (("aliases", ALIASES), ("id", ("id",))))
+    aliases, identity = (
+        given.get(role) or tuple(_find(names, list(counts))[:1]) for role, names in (("aliases", ALIASES), ("id", ("id",)))
+    )
     fixed = tuple(Option(None, option_text(choice, "dataset.load.choices")) for choice in asked.choices or ())
     reading = Reading(
         question, answer, choices, next(iter(aliases), None), next(iter(identity), None), "text", "label", fixed, False, asked
@@ -301,19 +305,19 @@ def _choice_columns(usual: Sequence[str], columns: Sequence[str], reading: Readi
 
 def _quietly(reading: Reading, row: Row) -> list[str]:
     try:
-        return reading.answers(row)
+        return reading.answers(row, whole=True)
     except UserError:  # told when its line is read
         return []
 
 
 def _evidence(rows: Sequence[Row], reading: Reading) -> Iterator[Seen]:
-    """Rows with at least two choices and one gold answer."""
+    """Rows with choices and a gold answer."""
     for row in rows:
         try:
             options, answers = reading.options(row), reading.answers(row)
         except UserError:
             continue
-        if sum(option.text is not None for option in options) > 1 and answers:
+        if any(option.text is not None for option in options) and answers:
             yield row, answers, options
 
 
