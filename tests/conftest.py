@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from emreason.model import load_package
-from emreason.prompts import Prompts, PromptTemplate
-from emreason.tiny import load_tiny, tiny_tokenizer
+from emreason.models.loading import load_package
+from emreason.models.tiny import load_tiny, tiny_tokenizer
+from emreason.questions.prompts import Prompts, PromptTemplate
 from emreason.types import Completion, Question, Request
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

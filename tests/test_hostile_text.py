@@ -11,11 +11,12 @@ import wandb
 from conftest import numbers
 from test_journal import rationale
 
-from emreason import dashboard, evaluate, train
-from emreason.dashboard import Iterations, WandbRun
-from emreason.e_step import EStep
-from emreason.experiment import one_sentence
-from emreason.journal import JsonLines
+from emreason import evaluate, train
+from emreason.em.e_step import EStep
+from emreason.runs.console import one_sentence
+from emreason.runs.journal import JsonLines
+from emreason.tracking import dashboard
+from emreason.tracking.dashboard import Iterations, WandbRun
 from emreason.types import UserError
 
 EVIL = "[red]x[/blue] \x1b[31m\x07\r<script>alert(1)</script> {{7*7}} $x$ | \\input{x} \ud83d"

@@ -10,10 +10,10 @@ import torch
 from conftest import letters
 
 from emreason.evaluate import continuation_logprobs, letter_logprobs
-from emreason.experiment import Experiment
-from emreason.prompts import Prompts, PromptTemplate
-from emreason.scoring import token_logprobs
-from emreason.tiny import load_tiny
+from emreason.models.tiny import load_tiny
+from emreason.questions.prompts import Prompts, PromptTemplate
+from emreason.runs.experiment import Experiment
+from emreason.scores.scoring import token_logprobs
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 2)])

@@ -44,7 +44,7 @@ def test_a_local_qwen_is_a_checkpoint_or_a_gguf(tmp_path):
     for path in (folder, folder / "a.gguf"):
         option, overrides = local_model(path)
         cfg = compose_config(f"model={option}", *overrides)
-        assert (cfg.model.load.path, cfg.model.load._target_) == (str(folder / "a.gguf"), "emreason.model.load_gguf")
+        assert (cfg.model.load.path, cfg.model.load._target_) == (str(folder / "a.gguf"), "emreason.models.loading.load_gguf")
     (folder / "b.gguf").touch()
     with pytest.raises(UserError, match=r"2 \.gguf files"):
         local_model(folder)

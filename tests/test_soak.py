@@ -11,7 +11,7 @@ import psutil
 import pytest
 from test_config import compose_config
 
-from emreason import e_step
+from emreason.em import e_step
 from emreason.train import train
 
 TINY = [

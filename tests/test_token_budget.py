@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_config import compose_config
 
-from emreason.recorder import read_summary
+from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError
 

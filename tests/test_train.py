@@ -200,7 +200,7 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
 def test_lora_trains_the_adapter_alone_and_exports_it(tmp_path):
     from peft import PeftModel
 
-    from emreason.tiny import load_tiny
+    from emreason.models.tiny import load_tiny
 
     folder = tmp_path / "lora"
     smoke(folder, "peft=lora", "trainer.max_epochs=1")

@@ -16,17 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emreason.answers import answer_line_complete, correct, extract
-from emreason.checks import check_values
-from emreason.experiment import CONF, Experiment, build, read_config, report_errors
-from emreason.journal import write_json
-from emreason.likelihood import completion_logprobs, marginal_bounds, summarize
+from emreason.engines.drawing import draw_seed
 from emreason.progress import bar
-from emreason.recorder import write_predictions
-from emreason.samplers import Scheme, draw_seed
-from emreason.scoring import Stopwatch, mean, predict, score, token_logprobs
-from emreason.stats import pass_at_k, wilson
-from emreason.train import quiet
+from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.runs.checks import check_values
+from emreason.runs.console import quiet, report_errors
+from emreason.runs.experiment import CONF, Experiment, build, read_config
+from emreason.runs.journal import write_json
+from emreason.schemes.samplers import Scheme
+from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
+from emreason.scores.scoring import Stopwatch, mean, predict, score, token_logprobs
+from emreason.scores.stats import pass_at_k, wilson
+from emreason.tracking.recorder import write_predictions
 from emreason.types import Question, Request, UserError, plain
 
 
@@ -168,10 +169,10 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             cfg.model.load = trained.model.load
             cfg.peft = {
                 "name": "trained",
-                "add": {"_target_": "emreason.model.load_adapter", "_partial_": True, "folder": f"{folder}/model"},
+                "add": {"_target_": "emreason.models.loading.load_adapter", "_partial_": True, "folder": f"{folder}/model"},
             }
         else:
-            cfg.model.load = {"_target_": "emreason.model.load_pretrained", "path": str(folder / "model")}
+            cfg.model.load = {"_target_": "emreason.models.loading.load_pretrained", "path": str(folder / "model")}
     return cfg
 
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.text import Text
 
-from emreason import tables
-from emreason.comparison import Comparison, Pair, compare
-from emreason.figures import draw_all, palette
-from emreason.report_html import render
-from emreason.runs import Run, collect, label_variants
-from emreason.types import UserError, plain
-
-__all__ = ["collect", "main", "print_runs", "write_report"]
+from emreason.reports.reading import collect
+from emreason.reports.writing import print_runs, write_report
+from emreason.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,123 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _common_parent(paths: Sequence[str]) -> Path:
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))  # noqa: PTH100  (symlinks stay as typed)
     return common if common.is_dir() else common.parent
-
-
-def print_runs(runs: Sequence[Run], console: Console) -> None:
-    """Print the comparison over seeds, the runs one by one, and what did not count."""
-    runs = label_variants(runs)
-    comparison = compare(runs)
-    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
-    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
-        listed = tables.runs_table([run for run in shown if (run.dataset, run.model) == place])
-        unbroken = Measurement.get(console, console.options.update(width=1000), tables.rich_table(listed)).maximum
-        for table in [listed] if unbroken <= console.width else tables.halves(listed):
-            console.print(tables.rich_table(table))
-    if shown:
-        console.print(tables.rich_table(tables.paper_table(comparison)))
-        console.print(Text(tables.caption(), style="dim"))
-    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
-        told = tables.diagnostics_table([run for run in shown if (run.dataset, run.model) == place])
-        if told.rows:
-            console.print(tables.rich_table(told))
-    for note in comparison.notes:
-        console.print(Text(plain(note), style="yellow"))
-
-
-def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
-    """Write tables, figures and `report.html` into `out_dir` (made if absent) and return the files written.
-
-    Raises UserError where the folder cannot be written.
-    """
-    out = Path(out_dir)
-    runs = label_variants(runs)
-    comparison = compare(runs)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        texts = _tables(runs, comparison)
-        drawn = draw_all(runs, comparison, out / "figures")
-        texts["report.html"] = render(runs, comparison, drawn, palette(runs))
-        for name, text in texts.items():
-            # A lone surrogate in a sampled text is no reason to lose the report.
-            (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"The report cannot be written to {out}: {error.strerror or error}.") from error
-    return [*(out / name for name in texts), *(file for figure in drawn for file in figure.files)]
-
-
-def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
-    paper, pairs = tables.paper_table(comparison), tables.pairs_table(comparison)
-    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
-    listed, told = tables.runs_table(shown), tables.diagnostics_table(shown)
-    notes = "".join(f"- {tables.escape_markdown(note)}\n" for note in comparison.notes)
-    sections = [
-        f"## {paper.title}\n\n{tables.markdown(paper)}\n{tables.caption()}\n",
-        f"## Notes\n\n{notes}" if notes else "",
-        f"## {pairs.title}\n\n{tables.markdown(pairs)}" if pairs.rows else "",
-        f"## {listed.title}\n\n{tables.markdown(listed)}",
-        f"## {told.title}\n\n{tables.markdown(told)}" if told.rows else "",
-    ]
-    return {
-        "table.md": "\n".join(section for section in sections if section),
-        "table.csv": _csv([asdict(cell) for cell in comparison.cells]),
-        "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
-        "pairs.csv": _csv([_pair_record(pair) for pair in comparison.pairs]),
-        "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
-    }
-
-
-def _csv(rows: Sequence[dict[str, object]]) -> str:
-    """CSV with a header, numbers in full precision; None is an empty field."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _pair_record(pair: Pair) -> dict[str, object]:
-    """A pair as a flat CSV record; differences as shares, not percent."""
-    names = {"dataset": pair.dataset, "model": pair.model, "first": pair.first, "second": pair.second}
-    return names | asdict(pair.difference) | {"p_holm": pair.p_holm, "test": pair.test}
-
-
-def _run_records(run: Run) -> list[dict[str, object]]:
-    """A run as flat CSV records, one per iteration (one in all where none is done), the run's own numbers repeated on each."""
-    shared: dict[str, object] = {
-        "folder": run.place,
-        "dataset": run.dataset,
-        "model": run.model,
-        "scheme": run.label,
-        "seed": run.seed,
-        "status": run.status,
-        "problem": run.problem,
-        "zero_shot": run.zero_shot.accuracy if run.zero_shot else None,
-        "few_shot": run.few_shot.accuracy if run.few_shot else None,
-        "validation_before": run.start.accuracy if run.start else None,
-        "test": run.test.accuracy if run.test else None,
-        "test_low": run.test.low if run.test else None,
-        "test_high": run.test.high if run.test else None,
-        "test_forced": run.test.forced_accuracy if run.test else None,
-        "test_extraction_rate": run.test.extraction_rate if run.test else None,
-        "test_n": run.test.n if run.test else None,
-        "run_seconds": run.seconds,
-        "peak_memory_bytes": run.peak_memory_bytes,
-    }
-    names = ["iteration", "acceptance", "chance_acceptance", "tokens", "seconds", "rationale_tokens", "errored", "validation"]
-    rows = [
-        [
-            i.index,
-            i.acceptance,
-            i.chance,
-            i.tokens,
-            i.seconds,
-            i.rationale_tokens,
-            i.errored,
-            i.validation.accuracy if i.validation else None,
-        ]
-        for i in run.iterations
-    ]
-    return [shared | dict(zip(names, row, strict=True)) for row in rows or [[None] * len(names)]]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emreason import report, train
-from emreason.recorder import read_summary
+from emreason.runs.summary import read_summary
 from emreason.types import UserError
 
 SCHEMES = ("rs-1", "rs-4", "star-1", "pps-1")  # M = 1 and 4 are ours

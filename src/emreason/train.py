@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import shutil
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
-from transformers.utils import logging as hf_logging
 
-from emreason.checks import check_values, try_optimizer
-from emreason.dashboard import RUN_ID, Iterations, finish, wandb_runs
-from emreason.datamodule import RationaleDataModule
-from emreason.e_step import EStep
-from emreason.experiment import CONF, EXPECTED, Experiment, build, check_same_config, console, one_sentence, report_errors, resolve
-from emreason.interrupt import leave_with_launcher
-from emreason.journal import AtomicCheckpointIO, Journal, locked, write_atomic
-from emreason.memory import out_of_memory_told, release_memory
-from emreason.model import export
-from emreason.module import EMModule
-from emreason.probes import Divergence
-from emreason.recorder import JsonlLogger, Recorder, Summary, read_summary, tokens_drawn, write_predictions
-from emreason.sweep import run_apart, several_ranks
+from emreason.em.datamodule import RationaleDataModule
+from emreason.em.e_step import EStep
+from emreason.em.module import EMModule
+from emreason.models.loading import export
+from emreason.models.memory import out_of_memory_told, release_memory
+from emreason.runs.apart import run_apart, several_ranks
+from emreason.runs.checks import check_values, try_optimizer
+from emreason.runs.console import EXPECTED, console, one_sentence, quiet, report_errors
+from emreason.runs.experiment import CONF, Experiment, build, check_same_config, resolve
+from emreason.runs.interrupt import leave_with_launcher
+from emreason.runs.journal import AtomicCheckpointIO, Journal, locked, write_atomic
+from emreason.runs.summary import Summary, read_summary, tokens_drawn
+from emreason.tracking.dashboard import RUN_ID, Iterations, finish, wandb_runs
+from emreason.tracking.divergence import Divergence
+from emreason.tracking.recorder import JsonlLogger, Recorder, write_predictions
 from emreason.types import UserError
 
 __all__ = ["main", "train"]
@@ -255,7 +254,8 @@ def _task(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
-    from emreason.report import collect, print_runs
+    from emreason.reports.reading import collect
+    from emreason.reports.writing import print_runs
 
     quiet()  # also where a launcher runs the job in a process of its own
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -287,18 +287,6 @@ def _best_accuracy(summary: dict[str, Any]) -> float | None:
 def main() -> None:
     """Console script `emreason`."""
     report_errors(_task)
-
-
-def quiet() -> None:
-    """Silence what libraries say about themselves; our own lines and errors remain."""
-    hf_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    # which rank died, and that the others are ended for it
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,6 @@
-"""`make bench`: the E-step and the M-step beside what one would use instead, on the same work."""
+"""The benchmark: E-step, M-step and a whole iteration beside other programs, on the same work.
+
+In: a model and a device, by `make bench`.
+Out: `bench.json` and a table. `runners/` holds what is measured, each in a process of its own.
+Beside the loop: nobody imports this room.
+"""

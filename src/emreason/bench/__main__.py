@@ -18,9 +18,9 @@ from rich.console import Console
 
 from emreason.bench.contenders import Contender, chosen, run
 from emreason.bench.peak import matmul_peak
-from emreason.bench.results import finish, growth, growth_line, markdown_of, rows_of, tables_of, title
+from emreason.bench.results import finish, growth, growth_line, markdown_of, over_seeds, rows_of, tables_of, title
 from emreason.bench.work import ITERATION, make_work
-from emreason.journal import write_atomic, write_json
+from emreason.runs.journal import write_atomic, write_json
 
 
 def works_of(contender: Contender, work: dict[str, Any]) -> list[str]:
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], help="contenders whose `phase: name` holds one of these texts, and ours beside them"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the whole EM iterations")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per contender")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a contender is a process group of its own: it must be ended too
@@ -55,7 +56,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number, contender in enumerate(contenders, 1):
         console.print(f"[{number}/{len(contenders)}] {contender.phase}: {contender.name} …", end=" ")
-        result = run(contender, out / "work.json", options.envs.resolve(), options.device, options.timeout)
+        place = (out / "work.json", options.envs.resolve(), options.device, options.timeout)
+        if contender.phase == "iteration":
+            result = over_seeds([run(contender, *place, f"seed={seed}") for seed in options.seeds])
+        else:
+            result = run(contender, *place)
         console.print(f"cannot run: {result['error']}" if "error" in result else f"{result['process_seconds']:.0f} s")
         if result.get("sequences"):  # what ours sampled: all others draw as much, and train on it
             work |= {"sequences": result["sequences"][: work["steps"] * work["batch"]], "lengths": result["lengths"]}

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-HERE = Path(__file__).resolve().parent
+RUNNERS = Path(__file__).resolve().parent / "runners"
 OURS = "emreason"
 EXACT = "emreason, float32"
 
@@ -31,7 +31,7 @@ class Contender:
 
     Attributes:
         phase: `E-step`, `M-step`, `iteration` or `growth`.
-        script: a file of this folder, run as `script WORK RESULT *options *interpreters`.
+        script: a file of `runners/`, run as `script WORK RESULT *options *interpreters`.
         envs: environments by name; the first one's interpreter (without any: this one's) runs the script, which is told the others'.
         note: what a reader must know of the row.
     """
@@ -110,8 +110,8 @@ def python_of(env: str, root: Path, device: str) -> str:
     return python
 
 
-def run(contender: Contender, work: Path, root: Path, device: str, timeout: float) -> dict[str, Any]:
-    """Its result with `process_seconds` and `peak_memory_bytes` (of its largest process), or `{"error": …}`."""
+def run(contender: Contender, work: Path, root: Path, device: str, timeout: float, *more: str) -> dict[str, Any]:
+    """Its result with `process_seconds` and `peak_memory_bytes` (of its largest process), or `{"error": …}`. `more`: further options."""
     result = work.with_name("result.json")
     result.unlink(missing_ok=True)
     log = work.with_name("contender.log")
@@ -120,7 +120,7 @@ def run(contender: Contender, work: Path, root: Path, device: str, timeout: floa
         pythons = [python_of(env, root, device) for env in contender.envs] or [sys.executable]
         # vLLM on a CPU: 2 GiB of K/V; its threads on the cores that this process may use, found fastest
         env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENIZERS_PARALLELISM": "false"}
-        command = [pythons[0], "-P", str(HERE / contender.script), str(work), str(result), *contender.options, *pythons[1:]]
+        command = [pythons[0], "-P", str(RUNNERS / contender.script), str(work), str(result), *contender.options, *more, *pythons[1:]]
         with log.open("w", encoding="utf-8") as out:
             used = _run(command, timeout, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=work.parent)
     except subprocess.TimeoutExpired:

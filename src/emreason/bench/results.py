@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from emreason.bench.contenders import EXACT, OURS, Contender
+from emreason.bench.work import TARGET
 
 SAME_LOSS, SAME_ROUNDED = 1e-3, 0.02
 """Largest difference of a step's loss from ours in float32 that counts as the same work: absolute in float32, relative with bf16, whose
@@ -30,6 +32,29 @@ def rows_of(contender: Contender, result: dict[str, Any], works: Sequence[str]) 
             row["other_seconds"] = row["seconds"] - row["e_step_seconds"] - row["m_step_seconds"] - row["evaluation_seconds"]
         rows.append({**about, **more, **row})
     return rows
+
+
+def over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of one contender under several seeds as one: means of seconds and shares, lists of what was learned; or the first error."""
+    failed = next((r for r in results if "error" in r), None)
+    if failed:
+        return failed
+    rows = [r["rows"][0] for r in results]
+    row: dict[str, Any] = {key: fmean(r[key] for r in rows) for key, value in rows[0].items() if isinstance(value, float)}
+    row |= {
+        "work": rows[0]["work"],
+        "accuracies": [r["accuracies"] for r in rows],
+        "accuracy": fmean(r["accuracies"][0] for r in rows),
+        "accepted": fmean(r["accepted"][0] for r in rows),
+        "iterations": [len(r["accuracies"]) for r in rows],
+        "reached": sum(r["accuracies"][-1] >= TARGET for r in rows),
+        "seeds": len(rows),
+        "process_seconds": [r["process_seconds"] for r in results],
+    }
+    if "seconds_inside" in rows[0]:
+        row["seconds_inside"] = {kind: fmean(r["seconds_inside"].get(kind, 0.0) for r in rows) for kind in rows[0]["seconds_inside"]}
+    seconds, peak = fmean(row["process_seconds"]), max(r["peak_memory_bytes"] for r in results)
+    return {"rows": [row], "dtype": results[0]["dtype"], "process_seconds": seconds, "peak_memory_bytes": peak}
 
 
 def finish(rows: list[dict[str, Any]], parameters: int, peak: float) -> None:
@@ -125,9 +150,13 @@ def _columns(phase: str) -> dict[str, Any]:
             "evaluation s": parts["evaluation"],
             "loading etc. s": parts["other"],
         }
-        more = {"accepted": _number("accepted", ".0f"), "accuracy": _number("accuracy", ".0%"), "overhead": _number("overhead", ".1%")}
+        more = {"accepted": _number("accepted", ".0f"), "overhead": _number("overhead", ".1%")}
         more["with start, end"] = _number("overhead_of_run", ".1%")
-        return {"seconds": seconds, "theirs / ours": ours, **named, **more, "GB": memory}
+        learned = {
+            "reached": lambda row: f"{row['reached']} of {row['seeds']}" if "reached" in row else "–",
+            "after one iteration": _number("accuracy", ".0%"),
+        }
+        return {"seconds": seconds, "theirs / ours": ours, **learned, **named, **more, "GB": memory}
     if phase == "growth":
         return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}
     columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}

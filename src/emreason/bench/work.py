@@ -11,15 +11,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from emreason.experiment import CONF
-from emreason.model import choose_dtype, weights_fingerprint
-from emreason.prompts import Prompts
+from emreason.models.loading import choose_dtype, weights_fingerprint
+from emreason.questions.prompts import Prompts
+from emreason.runs.experiment import CONF
 
 MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8
 """Optimizer steps of the M-step's work, and sequences per step."""
 
-ITERATION = "EM iteration (STaR, 128 + 100 questions)"
+ITERATION = "EM to 50 % (STaR, 128 + 100 questions)"
+TARGET, MOST_ITERATIONS = 0.5, 3
+"""Validation accuracy at which a contender is done, and EM iterations after which it has failed: a speed alone says nothing."""
 
 GROWTH = {"terms": 4, "max_new_tokens": 24}
 """Of the E-steps that grow: four terms give 3,931 training questions, three only 432."""
@@ -65,7 +67,7 @@ def make_work(folder: Path, model: str, device: str) -> dict[str, Any]:
 
 
 def iteration_work(model: str, tokenizer: Any, device: str) -> dict[str, Any]:
-    """One EM iteration of STaR on 128 sums of three digits, the demo's prompts: our overrides, and the same for scripts without emreason.
+    """EM iterations of STaR on 128 sums of three digits, the demo's prompts: our overrides, and the same for scripts without emreason.
 
     A question is {plain, hinted: prompts of the E-step with a worked example; prompt: the plain one, trained and evaluated; answer}.
     """
@@ -83,7 +85,7 @@ def iteration_work(model: str, tokenizer: Any, device: str) -> dict[str, Any]:
         "m_step={batch_size: 8, warmup_steps: 0, normalize: tokens, on_zero_accepted: skip}",  # the mean over tokens, as TRL takes it
         "optimizer.lr=1e-4",
         "evaluation={baseline: [], forced: false, few_shot: 0}",
-        "trainer.max_epochs=1",
+        f"trainer.max_epochs={MOST_ITERATIONS}",
         "keep_checkpoints=false",
     ]
     cfg = configured(*overrides)
@@ -99,5 +101,5 @@ def iteration_work(model: str, tokenizer: Any, device: str) -> dict[str, Any]:
         for question in dataset.questions("train")
     ]
     validation = [{"prompt": list(prompts.ids(q)), "answer": q.answer} for q in dataset.questions("validation")]
-    settings = {"temperature": 0.6, "max_new_tokens": 40, "batch": 8, "lr": 1e-4}
+    settings = {"temperature": 0.6, "max_new_tokens": 40, "batch": 8, "lr": 1e-4, "target": TARGET, "most_iterations": MOST_ITERATIONS}
     return {"name": ITERATION, "overrides": overrides, "train": train, "validation": validation, **settings}

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from emreason.engines.ops import make_ops, rotate
-from emreason.engines.packing import PackedLinear, can_pack
+from emreason.engines.packing import PackedLinear
+from emreason.models.families import base_causal_lm, can_fuse, linears
 
 PREFILL_TOKENS = 512
 """Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""
 
 CACHE_STEP = 64
 """Positions by which the cache grows at least."""
-
-FUSED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
 class Decoder(Protocol):
@@ -48,41 +47,16 @@ class Decoder(Protocol):
 
 def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
     """The fused decoder where the architecture and every layer allow it, otherwise the model's own forward, row by row."""
-    base = base_model(model)
+    base = base_causal_lm(model)
     prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
     return FusedDecoder(base, dtype) if can_fuse(base) and not prompted else ForwardDecoder(model)
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def can_fuse(base: Any) -> bool:
-    """Whether `FusedDecoder` computes exactly what this model's forward does (in eval mode)."""
-    if type(base).__name__ not in FUSED_ARCHITECTURES:
-        return False
-    config, layers = base.config, base.model.layers
-    if config.hidden_act != "silu" or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return False
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return False
-    if type(base.model.embed_tokens) is not nn.Embedding:
-        return False
-    linears = [m for layer in layers for m in _linears(layer)] + [base.lm_head]
-    return all(can_pack(m) for m in linears) and len({p.device for p in base.parameters()}) == 1
-
-
-def _linears(layer: Any) -> list[nn.Module]:
-    a, m = layer.self_attn, layer.mlp
-    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
 
 class _Layer:
     """The packed weights of one transformer layer."""
 
     def __init__(self, layer: Any, dtype: torch.dtype):
-        q, k, v, o, gate, up, down = _linears(layer)
+        q, k, v, o, gate, up, down = linears(layer)
         self.qkv, self.o = PackedLinear([q, k, v], dtype), PackedLinear([o], dtype)
         self.gate_up, self.down = PackedLinear([gate, up], dtype), PackedLinear([down], dtype)
         self.norm2 = layer.post_attention_layernorm.weight.to(dtype)
@@ -213,7 +187,7 @@ class ForwardDecoder:
         self.model = model
         self.device = next(model.parameters()).device
         self.caches: dict[int, DynamicCache] = {}
-        last_only = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+        last_only = "logits_to_keep" in inspect.signature(base_causal_lm(model).forward).parameters
         self.options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
 
     def reserve(self, rows: int, width: int) -> None:
@@ -221,7 +195,7 @@ class ForwardDecoder:
 
     def _forward(self, row: int, start: int, tokens: Tensor) -> Tensor:
         if start == 0:
-            self.caches[row] = DynamicCache(config=base_model(self.model).config)
+            self.caches[row] = DynamicCache(config=base_causal_lm(self.model).config)
         positions = torch.arange(start, start + len(tokens), device=self.device)
         out = self.model(input_ids=tokens[None], position_ids=positions[None], past_key_values=self.caches[row], **self.options)
         return out.logits[:, -1]

@@ -1,7 +1,8 @@
-"""Drawing a token: counter-based uniform numbers through the inverse CDF of a row's distribution."""
+"""Drawing a token: a seed per draw, counter-based uniform numbers, the inverse CDF of a row's distribution."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,3 +93,9 @@ def _first_above(cumulated: Tensor, target: Tensor) -> Tensor:
     """First index [B, 1] whose cumulated weight [B, n] exceeds target [B, 1]; rounding may not lift a target over the end."""
     target = torch.minimum(target, cumulated[:, -1:] * (1 - 1e-12))
     return torch.searchsorted(cumulated, target, right=True).clamp_(max=cumulated.shape[-1] - 1)
+
+
+def draw_seed(seed: int, iteration: int, question_id: str, attempt: int) -> int:
+    """The 63-bit seed of one draw: a function of these four alone, so that ranks, batches and resumes do not matter."""
+    digest = hashlib.blake2b(f"{seed}\0{iteration}\0{attempt}\0{question_id}".encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from emreason.engines.decoder import Decoder, FusedDecoder, base_model, make_decoder
+from emreason.engines.decoder import Decoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw
-from emreason.memory import is_out_of_memory, release_memory
+from emreason.models.families import base_causal_lm
+from emreason.models.memory import is_out_of_memory, release_memory
 from emreason.types import Completion, FinishReason, Request, UserError
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class InProcessEngine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.dtype, self.prefix_tokens = max_batch, dtype, prefix_tokens
         self.stats = EngineStats()
-        self.eos_ids = eos_token_ids(base_model(model), tokenizer)
-        self.context = int(getattr(base_model(model).config, "max_position_embeddings", None) or 2**31)
+        self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
+        self.context = int(getattr(base_causal_lm(model).config, "max_position_embeddings", None) or 2**31)
         self._newline: dict[int, bool] = {}
 
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:

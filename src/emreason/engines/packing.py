@@ -14,16 +14,6 @@ PACK_ROWS = 512
 """Row count that packed weights are laid out for; measured best or equal from 4 rows to 512."""
 
 
-def can_pack(module: Any) -> bool:
-    """An nn.Linear, or one with ordinary LoRA adapters around it; anything else (quantised, DoRA, …) is not ours to fuse."""
-    if type(module) is nn.Linear:
-        return True
-    if not hasattr(module, "lora_A") or type(module.get_base_layer()) is not nn.Linear:
-        return False
-    variants = getattr(module, "lora_variant", {})
-    return not variants and not any(getattr(module, "lora_bias", {}).values())
-
-
 def _weight(module: Any, dtype: torch.dtype) -> Tensor:
     """The effective weight [out, in]: the base weight plus scale · B A of each active adapter, summed in float32."""
     if type(module) is nn.Linear:

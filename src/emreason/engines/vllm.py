@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emreason.engines.inprocess import eos_token_ids
-from emreason.model import base_causal_lm, drop_quantization
+from emreason.models.families import base_causal_lm
+from emreason.models.loading import drop_quantization
 from emreason.types import Completion, Request, UserError
 
 SHARD_BYTES = 2**31

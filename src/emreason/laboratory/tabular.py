@@ -1,0 +1,256 @@
+"""An exact laboratory: a latent-variable model x → z → y small enough that every rationale can be enumerated.
+
+Posterior, marginal likelihood and what each sampling scheme really draws are then numbers, not estimates: `emreason experiment=exact`.
+
+The model is tabular: π(z|x) is a softmax over all rationales of up to `max_length` letters, π(y|z) a softmax over the answers that all
+questions share, so that a rationale which does not lead to an answer cannot be trained to give it without harm to other questions.
+The hint h = y* changes both, as it does in a language model:
+
+    q(z|x, h) ∝ π(z|x) π(h|z)^guidance exp(−brevity · |z|)          q(y|z, h) ∝ π(y|z) exp(leak · 1[y = h])
+
+guidance = 1, brevity = 0 makes q(z|x, y*) the posterior; `leak` is the hint that gives the answer whatever the reasoning says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from emreason.questions.prompts import Prompts
+from emreason.schemes.samplers import Scheme
+from emreason.scores.likelihood import Pair
+from emreason.types import Completion, Proposal, Question, Request, UserError
+
+
+@dataclass(frozen=True)
+class Hint:
+    """How the hint changes the model; see the module's formulae."""
+
+    guidance: float = 0.5
+    brevity: float = 0.5
+    leak: float = 4.0
+
+
+@dataclass(frozen=True)
+class Tabular:
+    """π(z, y | x), and q(z, y | x, y*) under the hint, as tables of float64.
+
+    Attributes:
+        rationales: every z there is, Z of them.
+        gold: [questions] the index of y*.
+        z_logits: [questions, Z].
+        y_logits: [Z, answers].
+    """
+
+    rationales: tuple[str, ...]
+    gold: Tensor
+    z_logits: Tensor
+    y_logits: Tensor
+    hint: Hint
+
+    def log_joint(self, proposal: Proposal = "question") -> Tensor:
+        """log π(z, y | x), or log q(z, y | x, y*) for `rationalization`: [questions, Z, answers]."""
+        z, y = self.z_logits.log_softmax(1), self.y_logits.log_softmax(1)
+        if proposal == "question":
+            return z[:, :, None] + y
+        length = torch.tensor([float(len(r)) for r in self.rationales], dtype=z.dtype)
+        z = (z + self.hint.guidance * y[:, self.gold].T - self.hint.brevity * length).log_softmax(1)
+        leaked = y + self.hint.leak * torch.eye(y.shape[1], dtype=y.dtype)[self.gold][:, None, :]
+        return z[:, :, None] + leaked.log_softmax(2)
+
+    def log_correct(self, proposal: Proposal = "question") -> Tensor:
+        """log π(z, y* | x): [questions, Z]."""
+        return self.log_joint(proposal)[torch.arange(len(self.gold)), :, self.gold]
+
+    def log_marginal(self) -> Tensor:
+        """log π(y* | x) = log Σ_z π(z, y* | x): [questions]."""
+        return self.log_correct().logsumexp(1)
+
+    def posterior(self) -> Tensor:
+        """π(z | x, y*): [questions, Z]."""
+        return self.log_correct().softmax(1)
+
+    def m_step(self, weights: Tensor) -> Tabular:
+        """The maximiser of Σₓ Σ_z weights[x, z] log π(z, y*ₓ | x): the M-step that the paper's gradient steps go towards.
+
+        With the posterior as weights it is exact EM, which never lowers the marginal likelihood (Dempster, Laird & Rubin 1977, Thm 1).
+        """
+        answers = torch.zeros_like(self.y_logits).index_add(1, self.gold, weights.T)
+        return replace(self, z_logits=_log(weights), y_logits=_log(answers))
+
+
+def _log(weights: Tensor) -> Tensor:
+    # a table never holds −∞: a rationale that has lost all its weight keeps the least probability a float64 can carry
+    return weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+
+
+def make_tabular(questions: int, answers: int, letters: str, max_length: int, seed: int, sharpness: float, hint: Hint) -> Tabular:
+    """A random model: logits are normal with standard deviation `sharpness`; gold answers go round.
+
+    Raises:
+        UserError: sizes that make no model, or too large a one to enumerate.
+    """
+    if questions < 1 or answers < 2 or not letters or max_length < 1:
+        raise UserError("laboratory: it needs at least 1 question, 2 answers, 1 letter and a max_length of 1.")
+    n = sum(len(letters) ** length for length in range(1, max_length + 1))
+    if n > 100_000:
+        raise UserError(f"laboratory: {n} rationales are too many to enumerate; lower laboratory.max_length.")
+    rationales = tuple("".join(z) for length in range(1, max_length + 1) for z in itertools.product(letters, repeat=length))
+    generator = torch.Generator().manual_seed(seed)
+
+    def table(*shape: int) -> Tensor:
+        return sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Tabular(rationales, torch.arange(questions) % answers, table(questions, n), table(n, answers), hint)
+
+
+def accepted(model: Tabular, scheme: Scheme, before: Tensor | None = None) -> Tensor:
+    """P(the scheme accepts z for x), exactly: [questions, Z]; a row sums to the acceptance probability.
+
+    Proposals are tried in order until one is correct, so try t contributes P(all before it failed) · P(try t draws z and y*):
+
+        RS-M    posterior · (1 − (1 − p)^M),  p = π(y*|x)
+        STaR    posterior · (1 − (1 − p)^M) + (1 − p)^M · q(z, y*|x, y*)
+        PPS     q(z, y*|x, y*), renormalised if accepted
+        PPS-IW  the expected self-normalised weight of z, see `_self_normalized`
+        TRICE   π(z, y*|x) + (1 − p) · before: the law of the persistent rationale, which a wrong draw leaves as it was
+
+    Args:
+        before: TRICE's law after the iteration before, by default that of the hinted draw it begins with. With an unchanging model it
+            tends to the posterior at the rate (1 − p)^k.
+
+    Raises:
+        UserError: a scheme whose law is not worked out here (several proposals weighed by importance, `truncate`, `keep` of some tries).
+    """
+    if scheme.weighs_by_importance and len(set(scheme.tries)) == 1 and scheme.truncate is None and scheme.temperature == 1:
+        return _self_normalized(model.log_correct(), model.log_correct(scheme.tries[0]), len(scheme.tries))
+    if scheme.weigh == "trice" and scheme.temperature == 1 and scheme.top_p == 1:
+        correct = model.log_correct().exp()
+        before = model.log_correct("rationalization").exp() if before is None else before
+        return correct + (1 - correct.sum(1, keepdim=True)) * before
+    if scheme.keep > 1 or scheme.temperature != 1 or scheme.top_p != 1:
+        raise UserError(
+            f"The laboratory does not know what {scheme.display} draws: use keep=1, importance weights of a single proposal, or TRICE."
+        )
+    draws = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
+    total, reached = torch.zeros_like(model.z_logits), torch.ones_like(model.z_logits[:, :1])
+    for proposal in scheme.tries:
+        total = total + reached * draws[proposal]
+        reached = reached * (1 - draws[proposal].sum(1, keepdim=True))
+    return total
+
+
+def _self_normalized(target: Tensor, proposal: Tensor, k: int) -> Tensor:
+    """E[wₖ 1[zₖ = z] / Σ w] summed over K draws, exactly, for log π(z, y*|x) and log q(z, y*|x, y*): [questions, Z].
+
+    With 1/S = ∫₀^∞ e^{−tS} dt the draws are independent under the integral, and with w = π/q and r the probability of a wrong draw
+
+        K ∫ π(z, y*) e^{−t w(z)} (r + Σ_z' q(z', y*) e^{−t w(z')})^{K−1} dt .
+
+    Over u = log t the integrand is smooth and vanishes at both ends, where the trapezoidal rule converges exponentially.
+    """
+    u = torch.arange(-40.0, 40.0, 0.05, dtype=target.dtype)
+    weight = (target - proposal).exp()
+    decay = torch.exp(-u.exp() * weight[:, :, None])
+    wrong = 1 - proposal.exp().sum(1, keepdim=True)
+    others = (wrong + (proposal.exp()[:, :, None] * decay).sum(1)) ** (k - 1)
+    return k * 0.05 * target.exp() * (u.exp() * decay * others[:, None, :]).sum(2)
+
+
+def expected_update(model: Tabular, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The paper's filtered gradient Σᵢ r(ŷᵢ, yᵢ*) ∇ log π(ẑᵢ, ŷᵢ | xᵢ; θ) (§3, the M-step's update) in expectation over the scheme's draws.
+
+    RS-1, one question: r vanishes unless ŷ = y*, and π ∇ log π = ∇π, so
+
+        E[r ∇ log π(z, y|x)] = Σ_z π(z, y*|x) ∇ log π(z, y*|x) = ∇ Σ_z π(z, y*|x) = ∇π(y*|x) = p ∇ log p,   p = π(y*|x).
+
+    It is the gradient of the log marginal likelihood times p: hard questions count less than in EM. RS-M draws the posterior with
+    probability 1 − (1 − p)^M and else nothing, and the posterior's mean score is ∇ log p (Fisher's identity), so its factor is
+    1 − (1 − p)^M: p at M = 1, and 1, the gradient of EM's objective itself, as M → ∞. A scheme with accepted law s at probability a gives
+    a ∇ Σ_z s(z) log π(z, y*|x) instead, which is the gradient of log p only where s is the posterior.
+
+    Returns:
+        the gradients with respect to `z_logits` and `y_logits`, summed over questions.
+    """
+    weights = accepted(model, scheme).detach()
+    z, y = (t.detach().clone().requires_grad_() for t in (model.z_logits, model.y_logits))
+    log_correct = replace(model, z_logits=z, y_logits=y).log_correct()
+    by_z, by_y = torch.autograd.grad((weights * log_correct).sum(), [z, y])
+    return by_z, by_y
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats of the rows of two tables, each row renormalised."""
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    # every table has full support, so a zero in q is an underflow
+    return torch.where(p > 0, p * (p.log() - _log(q)), 0.0).sum(1).clamp_min(0.0)
+
+
+# --- the project's own sampler on the tables ------------------------------------------------------------------------------------------
+
+
+class TabularEngine:
+    """Draws completions `z⏎Answer: y⏎` from the tables, so that `samplers.sample` can be held against the exact numbers.
+
+    As in every engine a draw depends on the prompt and the request's seed alone; `score` is the scoring pass (`likelihood.Scorer`).
+    """
+
+    def __init__(self, model: Tabular, questions: Sequence[Question], prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.of_prompt: dict[tuple[int, ...], tuple[int, Proposal]] = {}
+        proposals: tuple[Proposal, ...] = ("question", "rationalization")
+        for question in questions:
+            for proposal in proposals:
+                self.of_prompt[prompts.ids(question, proposal)] = int(question.id.split("/")[0]), proposal
+        self.log_joint = {p: model.log_joint(p).detach().flatten(1).numpy() for p in proposals}
+        self.cdf = {p: np.cumsum(np.exp(table), axis=1) for p, table in self.log_joint.items()}
+        lines = [f"{z}\nAnswer: {y}\n" for z in model.rationales for y in range(model.y_logits.shape[1])]
+        self.ids = [tuple(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
+
+    def generate(self, requests: deque[Request]) -> Iterator[Completion]:
+        while requests:
+            request = requests.popleft()
+            x, proposal = self.of_prompt[request.prompt_ids]
+            cdf = self.cdf[proposal][x]
+            k = int(np.searchsorted(cdf, np.random.default_rng(request.seed).random() * cdf[-1], side="right"))
+            yield Completion(request, self.ids[k], float(self.log_joint[proposal][x, k]), "answer")
+
+    def score(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[float]:
+        """log of the probability that a completion goes on with exactly these ids; what was sampled so far may stand in the prompt ids."""
+        if temperature != 1:
+            raise UserError("The laboratory's tables have no temperature: use sampler.temperature=1.")
+        return [self._begins(*self._split(p), c) - self._begins(*self._split(p), ()) for p, c in pairs]
+
+    def _split(self, prompt_ids: tuple[int, ...]) -> tuple[tuple[int, Proposal], tuple[int, ...]]:
+        known = next(ids for ids in self.of_prompt if prompt_ids[: len(ids)] == ids)
+        return self.of_prompt[known], prompt_ids[len(known) :]
+
+    def _begins(self, where: tuple[int, Proposal], said: tuple[int, ...], more: tuple[int, ...]) -> float:
+        (x, proposal), text = where, str(self.tokenizer.decode([*said, *more]))
+        z, cue, y = text.partition("\nAnswer:")
+        table = self.log_joint[proposal][x].reshape(len(self.model.rationales), -1)
+        if not text:
+            return 0.0
+        if not cue:
+            raise ValueError(f"{text!r} is not a completion, nor one up to its answer cue")
+        row = table[self.model.rationales.index(z)]
+        if not y:
+            return float(np.logaddexp.reduce(row))
+        return float(row[int(y)]) if y.endswith("\n") else -np.inf  # a table's completions end with their line
+
+
+def make_questions(model: Tabular, copies: int = 1) -> list[Question]:
+    """The model's questions under the ids `x/copy`: copies are drawn independently, since a draw depends on the question's id."""
+    return [Question(f"{x}/{c}", f"question {x}", str(int(y)), "number") for x, y in enumerate(model.gold) for c in range(copies)]
+
+
+def rationale_index(model: Tabular, text: str) -> int:
+    """Which rationale a completion's text begins with."""
+    return model.rationales.index(text.split("\n")[0])

@@ -1,0 +1,209 @@
+"""Model and tokenizer: loading (Hub id, folder, GGUF), precision, LoRA, export."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from emreason.models.families import base_causal_lm
+from emreason.types import UserError
+
+log = logging.getLogger(__name__)
+
+LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` whichever multiplies matrices faster on this device.
+
+    Measured rather than asked: CPUs that advertise bf16 without AMX are often slower in it than in float32.
+
+    Raises:
+        UserError: `name` is none of the three.
+    """
+    if name in ("float32", "bfloat16"):
+        return torch.float32 if name == "float32" else torch.bfloat16
+    if name != "auto":
+        raise UserError(f"engine.dtype={name!r} is not known; use auto, float32 or bfloat16.")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    # bf16 needs fp32 master weights and loses digits: it has to win clearly
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(256, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def load_pretrained(
+    path: str, dtype: torch.dtype = torch.float32, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """A causal LM and its tokenizer from a Hub id or a local folder (`gguf_file`: a GGUF inside it).
+
+    Raises:
+        UserError: the model or its tokenizer cannot be loaded, do not belong together, or there is no EOS token.
+    """
+    if gguf_file is not None:
+        return _load_gguf(Path(path), gguf_file, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"model.load.path={path!r}: no tokenizer could be loaded ({_first_line(error)}); {_ways_out(path)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.load.path={path!r}: the tokenizer has no EOS token, so no completion could end; set one and save it again.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    except Exception as error:
+        raise UserError(f"model.load.path={path!r}: the weights could not be loaded ({_first_line(error)}); {_ways_out(path)}") from error
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model.load.path={path!r}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; they do not belong together."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A GGUF model that a Python package carries as data; the package itself is not imported.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"The package {package!r} that carries {gguf_file} is not installed; run `make setup`, or choose another model=….")
+    return load_pretrained(str(Path(spec.origin).parent), dtype=dtype, gguf_file=gguf_file)
+
+
+def load_random(package: str, gguf_file: str, shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A Llama of any `shape`, the arguments of `LlamaConfig`, with random weights and a package's tokenizer: to measure speed with.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    _, tokenizer = load_package(package, gguf_file)
+    config = LlamaConfig(**{"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id} | dict(shape), dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+
+
+def load_gguf(path: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A local `.gguf` file."""
+    file = Path(path)
+    return load_pretrained(str(file.parent), dtype=dtype, gguf_file=file.name)
+
+
+def _load_gguf(folder: Path, gguf_file: str, dtype: torch.dtype) -> LoadedModel:
+    file = folder / gguf_file
+    if not file.is_file():
+        raise UserError(f"model: {file} does not exist; give the path of a .gguf file.")
+    cached = _gguf_cache(file)
+    if not (cached / "config.json").is_file():
+        log.info("Converting %s once; kept in %s", gguf_file, cached)
+        # a name of its own per process: two runs may convert at the same time
+        partial = cached.with_name(f"{cached.name}.partial-{os.getpid()}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        except Exception as error:
+            raise UserError(f"model: {file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
+        drop_quantization(model)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            partial.rename(cached)
+        except OSError:  # the other process was first
+            shutil.rmtree(partial)
+    return load_pretrained(str(cached), dtype=dtype)
+
+
+def _gguf_cache(file: Path) -> Path:
+    """Where the de-quantised copy of a GGUF lives: reading a GGUF takes ~20 s, the copy 1 s."""
+    root = Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    path = root / f"{file.stem}-{key}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def drop_quantization(model: PreTrainedModel) -> None:
+    """Forget that a model came from a GGUF: the weights are plain floats already, but `save_pretrained` would refuse."""
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200].rstrip(".")
+
+
+def _ways_out(path: str) -> str:
+    if Path(path).exists():
+        return "the folder needs config.json, tokenizer files and *.safetensors."
+    return "it is neither a local folder nor reachable on the Hub: check the spelling and the network, or set model.load.path=FOLDER."
+
+
+def add_lora(
+    model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0, target_modules: str | list[str] = "all-linear", seed: int = 0
+) -> nn.Module:
+    """Wrap `model` with LoRA adapters (fp32, whatever the base's precision); only they are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(f"peft.add: {error}") from error
+
+
+def load_adapter(model: PreTrainedModel, folder: str) -> nn.Module:
+    """`model` with the exported adapter in `folder`."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter's name and bytes, the same on every device."""
+    digest = xxhash.xxh3_64()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model (or its adapter) and tokenizer so that `AutoModelForCausalLM` / `PeftModel` loads the folder as is."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    drop_quantization(base_causal_lm(model))
+    model.save_pretrained(partial)  # type: ignore[operator]
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,76 @@
+"""fp32 twins of bfloat16 weights, for the M-step's optimizer, and what the model is given of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from emreason.models.kernels import library
+
+
+def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor] | None = None) -> list[nn.Parameter]:
+    """fp32 twins of low-precision parameters, for an optimizer to work on.
+
+    Gradients move to the twins as they arrive (so they accumulate in fp32 and their low-precision copies are freed at once). Small updates
+    would vanish in bf16: below 2⁻⁸ of a weight they round to nothing.
+    """
+    sources = parameters if restored is None else restored
+    masters = [nn.Parameter(s.detach().to(device=p.device, dtype=torch.float32).clone()) for p, s in zip(parameters, sources, strict=True)]
+
+    def move(master: nn.Parameter) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+        return hook
+
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.register_post_accumulate_grad_hook(move(master))
+    return masters
+
+
+@torch.no_grad()
+def publish(masters: Sequence[Tensor], parameters: Sequence[Tensor], seed: int) -> None:
+    """Write each master into its bfloat16 parameter, rounded up or down so that it is right in expectation.
+
+    Rounding to nearest loses what an EM iteration learns: masters start on bfloat16's grid, where a weight of .031 has its neighbours
+    2.4e-4 away, and fall back to where they were until a dozen of updates have added up. Here a weight moves on once its master has come
+    a share u of the way to the next one, with a u of its own, uniform in [0, 1) and the same in the whole run: a hash of (seed, parameter,
+    index). So the masters alone decide what is published: ranks agree, a resumed run goes on with the same bits, a weight on the grid
+    stays what it is, and none jumps to and fro between steps.
+    """
+    for number, (master, parameter) in enumerate(zip(masters, parameters, strict=True)):
+        key = int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
+        functions = library(torch.bfloat16) if parameter.device.type == "cpu" else None
+        if functions is None or not (master.is_contiguous() and parameter.is_contiguous()):
+            parameter.copy_(dithered(master, key))
+        else:
+            functions.publish(master.data_ptr(), parameter.data_ptr(), master.numel(), key)
+
+
+def dithered(values: Tensor, key: int) -> Tensor:
+    """float32 `values` rounded up or down to bfloat16, as `publish` in kernels.c does."""
+    flat = values.contiguous().view(torch.int32).flatten()
+    out = torch.empty_like(flat, dtype=torch.int16)
+    for begin in range(0, len(flat), _CHUNK):
+        part = flat[begin : begin + _CHUNK]
+        h = torch.arange(begin, begin + len(part), device=flat.device) + key  # int64: the products wrap at 2³² by hand
+        h = (_low(h) ^ (_low(h) >> 16)) * 0x7FEB352D
+        h = (_low(h) ^ (_low(h) >> 15)) * 0x846CA68B
+        out[begin : begin + _CHUNK] = ((part.long() + (_low(h) >> 16)) >> 16).to(torch.int16)
+    return out.view(torch.bfloat16).view(values.shape)
+
+
+_CHUNK = 1 << 22
+
+
+def _low(x: Tensor) -> Tensor:
+    return x & 0xFFFF_FFFF

@@ -1,0 +1,274 @@
+"""The `Dataset` that the config builds around a loader `(split) -> list[Question]`, and the loaders of generated questions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+from emreason.questions.answers import check, normalise, parse_number
+from emreason.questions.options import Option, position
+from emreason.questions.prompts import PromptTemplate
+from emreason.types import LETTERS, AnswerKind, Demonstration, Question, Split, UserError, plain
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass
+class Dataset:
+    """A dataset as the config describes it.
+
+    Args:
+        name: as in tables.
+        load: the whole split, `(split) -> list[Question]`.
+        prompt: the words around its questions.
+        demonstrations: worked examples: `{id, rationale}` of a training question, `{question, answer, rationale, choices?}`,
+            or a `Demonstration`.
+        limit: questions per split, null for all. Limited sets are nested, and the same for every seed of a run.
+        drop_overlap: drop training questions whose text is also in validation or test.
+        answer_as: how a choice question is answered, by the letter or by the text of the choice.
+    """
+
+    name: str
+    load: Callable[[Split], list[Question]]
+    prompt: PromptTemplate
+    demonstrations: Sequence[Mapping[str, Any] | Demonstration] = ()
+    limit: Mapping[str, int | None] = field(default_factory=dict)
+    drop_overlap: bool = False
+    answer_as: Literal["letter", "text"] = "letter"
+    _loaded: dict[Split, list[Question]] = field(default_factory=dict, init=False, repr=False)
+
+    def questions(self, split: Split) -> list[Question]:
+        """The questions of a split, in an order that depends on their ids alone.
+
+        Raises:
+            UserError: data absent or malformed, a bad limit, or nothing left.
+        """
+        limit = self._limit(split)
+        questions = self._all(split)
+        if split == "train":
+            shown = {normalise(example.question.text) for example in self.worked_examples()}
+            drop = shown | (self._texts("validation") | self._texts("test") if self.drop_overlap else set())
+            questions = [question for question in questions if normalise(question.text) not in drop]
+        if not questions:
+            raise UserError(f"dataset {self.name}: the {split} split is empty.")
+        if limit is not None and limit > len(questions):
+            log.warning("dataset.limit.%s is %d, but %s has %d: all are taken", split, limit, self.name, len(questions))
+        return sorted(questions, key=lambda question: rank(question.id))[:limit]
+
+    def worked_examples(self) -> list[Demonstration]:
+        """The worked examples; their questions are not in `questions("train")`."""
+        return [self._example(number, example) for number, example in enumerate(self.demonstrations)]
+
+    def overlap(self) -> dict[str, int]:
+        """Contamination: question texts that two whole splits share, and worked examples whose text is in the test split."""
+        train, test = self._texts("train"), self._texts("test")
+        examples = {normalise(example.question.text) for example in self.worked_examples()}
+        return {
+            "train_test": len(train & test),
+            "train_validation": len(train & self._texts("validation")),
+            "examples_test": len(examples & test),
+        }
+
+    def _all(self, split: Split) -> list[Question]:
+        if split not in self._loaded:
+            try:
+                questions = [self._answered(question) for question in self.load(split)]
+            except KeyError as error:
+                raise UserError(
+                    f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
+                ) from error
+            seen: set[str] = set()
+            for question in questions:
+                check(question, f"dataset {self.name}, {split} split, question {question.id!r}")
+                if question.id in seen:
+                    raise UserError(
+                        f"dataset {self.name}: two questions of the {split} split have the id {question.id!r}; ids must differ."
+                    )
+                seen.add(question.id)
+            self._loaded[split] = questions
+        return self._loaded[split]
+
+    def _answered(self, question: Question) -> Question:
+        if self.answer_as not in ("letter", "text"):
+            raise UserError(f"dataset.answer_as must be letter or text, not {self.answer_as!r}.")
+        return replace(question, answer_as=self.answer_as) if question.kind == "choice" else question
+
+    def understood(self) -> str:
+        """What the data is, in one line: `1,000 questions (600 train, …), kind number, e.g. 'Ann buys …' → 8`."""
+        sizes = {split: len(self._all(split)) for split in SPLITS}
+        example = self.questions("train")[0]
+        answer = f"{example.answer} ({example.choices[LETTERS.index(example.answer)]})" if example.kind == "choice" else example.answer
+        kinds = sorted({question.kind for split in SPLITS for question in self._all(split)})
+        return plain(
+            f"{self.name}: {sum(sizes.values()):,} questions ({', '.join(f'{n:,} {split}' for split, n in sizes.items())}), "
+            f"kind {' and '.join(kinds)}, e.g. {_short(example.text, 60)!r} → {_short(answer, 40)}"
+        )
+
+    def _texts(self, split: Split) -> set[str]:
+        return {normalise(question.text) for question in self._all(split)}
+
+    def _limit(self, split: Split) -> int | None:
+        limit = self.limit.get(split)
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise UserError(f"dataset.limit.{split} must be a positive integer or null, not {limit!r}.")
+        return limit
+
+    def _example(self, number: int, example: Mapping[str, Any] | Demonstration) -> Demonstration:
+        if isinstance(example, Demonstration):
+            return example
+        where = f"dataset.demonstrations[{number}]"
+        if not str(example.get("rationale") or "").strip():
+            raise UserError(f"{where} needs a `rationale`.")
+        if "id" in example:
+            for question in self._all("train"):
+                if question.id == example["id"]:
+                    return Demonstration(question, example["rationale"].strip())
+            raise UserError(f"{where}: the training split of {self.name} has no question with the id {example['id']!r}.")
+        if example.get("question") is None or example.get("answer") is None:
+            raise UserError(f"{where} needs the `id` of a training question, or a `question` and its `answer`.")
+        choices = tuple(_word(choice) for choice in example.get("choices") or ())
+        answer = _word(example["answer"])
+        place = position(answer, [Option(None, choice) for choice in choices], "text")
+        if place is not None and answer not in LETTERS:
+            answer = LETTERS[place]
+        kind: AnswerKind = "choice" if choices else "text" if parse_number(answer) is None else "number"
+        question = Question(f"example-{number}", str(example["question"]), answer, kind, choices)
+        check(question, where)
+        return Demonstration(self._answered(question), example["rationale"].strip())
+
+
+def _word(value: Any) -> str:
+    """YAML reads the words yes and no as true and false."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _short(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+# --- generated questions ----------------------------------------------------------------------------------------------
+
+
+def make_sums(split: Split, terms: int = 3, seed: int = 0) -> list[Question]:
+    """Sums of `terms` one-digit numbers (1–9), STaR's first domain in words. The three splits share no question."""
+    return [question for _, question in _sums(terms, seed)[split]]
+
+
+def sum_examples(terms: int = 3, seed: int = 0, count: int = 4) -> list[Demonstration]:
+    """Worked sums, `3 + 5 = 8. 8 + 9 = 17.`, that are in no split."""
+    examples = _sums(terms, seed)["examples"]
+    if not 0 <= count <= len(examples):
+        raise UserError(f"dataset.demonstrations.count must be between 0 and {len(examples)}, not {count!r}.")
+    return [Demonstration(question, explain_sum(numbers)) for numbers, question in examples[:count]]
+
+
+def explain_sum(numbers: Sequence[int]) -> str:
+    """The running sum, one step a sentence."""
+    totals = list(itertools.accumulate(numbers))
+    return " ".join(f"{before} + {term} = {after}." for before, term, after in zip(totals, numbers[1:], totals[1:], strict=False))
+
+
+def _sums(terms: int, seed: int) -> dict[str, list[tuple[tuple[int, ...], Question]]]:
+    if not isinstance(terms, int) or terms < 2:
+        raise UserError(f"dataset.load.terms must be an integer of at least 2, not {terms!r}.")
+    rng = random.Random(f"sums-{terms}-{seed}")
+    pool = min(9**terms, 20_000)
+    drawn: list[tuple[tuple[int, ...], Question]] = []
+    for code in rng.sample(range(9**terms), pool):
+        numbers = tuple(code // 9**place % 9 + 1 for place in range(terms))
+        shown = " + ".join(map(str, numbers))
+        drawn.append((numbers, Question(shown.replace(" ", ""), f"What is {shown}?", str(sum(numbers)), "number")))
+    examples, rest = take(drawn, 8)
+    train, rest = take(rest, len(rest) * 3 // 5)
+    validation, test = take(rest, len(rest) * 2 // 5)
+    return {"examples": examples, "train": train, "validation": validation, "test": test}
+
+
+def load_reasoning_gym(
+    split: Split, task: str, kind: AnswerKind, sizes: Mapping[str, int], seed: int = 0, params: Mapping[str, Any] | None = None
+) -> list[Question]:
+    """Questions of a task of the reasoning-gym library, judged by the task's own scorer.
+
+    `sizes` are the questions generated per split, before equal ones are dropped; `params` are the task's own settings.
+    """
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError("dataset=reasoning_gym needs the library of that name: pip install 'emreason[gym]'.") from None
+    if not {"train", "validation", "test"} <= set(sizes):
+        raise UserError("dataset.load.sizes must name train, validation and test.")
+    try:
+        source = reasoning_gym.create_dataset(task, seed=seed, size=sum(sizes[name] for name in SPLITS), **(params or {}))
+    except Exception as error:  # the library's asserts and ValueErrors
+        raise UserError(f"reasoning_gym cannot make the task dataset.load.task={task!r} with {dict(params or {})}: {error}.") from error
+    start = sum(sizes[name] for name in SPLITS[: SPLITS.index(split)])
+    seen: set[str] = set()
+    questions = []
+    for number, entry in enumerate(itertools.islice(source, start + sizes[split])):
+        if entry["question"] in seen:
+            continue  # small tasks repeat themselves; a question belongs to the first split that has it
+        seen.add(entry["question"])
+        if number >= start:
+            answer = "" if entry["answer"] is None else str(entry["answer"]).strip()
+            questions.append(Question(f"{task}-{number}", entry["question"].strip(), answer, kind, verify=partial(_score, source, entry)))
+    return questions
+
+
+def _score(source: Any, entry: dict[str, Any], answer: str) -> bool:
+    try:
+        return bool(source.score_answer(answer, entry) >= 1.0)
+    except Exception:  # a task's scorer may choke on nonsense; nonsense is wrong
+        return False
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def cut(questions: Sequence[Question], splits: Sequence[Split], where: str, held_out: float = 0.2) -> dict[Split, list[Question]]:
+    """One set of questions for several splits: `held_out` of the different texts for each but the first, in the order of their hashes.
+
+    Raises:
+        UserError: there are too few.
+    """
+    places: dict[str, list[Question]] = {}
+    for question in questions:
+        places.setdefault(rank(normalise(question.text)), []).append(question)
+    if len(places) < len(splits):
+        raise UserError(
+            f"{where} has {len(places)} different question{'' if len(places) == 1 else 's'}; at least {len(splits)} are needed, "
+            f"one each to {_joined([_PURPOSE[split] for split in splits])}."
+        )
+    groups = [places[key] for key in sorted(places)]
+    held = max(1, round(len(groups) * held_out))
+    parts: dict[Split, list[Question]] = {}
+    for split in reversed(splits[1:]):
+        part, groups = take(groups, held)
+        parts[split] = [question for group in part for question in group]
+    return parts | {splits[0]: [question for group in groups for question in group]}
+
+
+_PURPOSE: dict[Split, str] = {"train": "train", "validation": "validate", "test": "test"}
+
+
+def _joined(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def rank(name: str) -> str:
+    """A name's place in an order that has nothing to do with it, the same everywhere."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def take(items: list[T], size: int) -> tuple[list[T], list[T]]:
+    """The first `size` and the rest."""
+    return items[:size], items[size:]

@@ -1,0 +1,347 @@
+"""The report's figures: one panel per dataset and model, the same scheme in the same colour everywhere (Okabe & Ito 2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from emreason.reports.comparison import Comparison
+from emreason.reports.difficulty import DECILES, acceptance_by_difficulty
+from emreason.reports.reading import Iteration, Run, Score
+from emreason.types import plain
+
+# Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
+USUAL = {"RS-4": ("#009E73", "o"), "STaR": ("#0072B2", "s"), "PPS": ("#D55E00", "D"), "RS-1": ("#E69F00", "^")}
+SPARE = ["#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F", "#5B3A8E", "#9C9E00"]
+MARKERS = "vPX*<>p"
+GREY = "#606060"
+STYLE = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.0,
+    "legend.fontsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 150,
+}
+SOLID: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.8, "markeredgecolor": "white", "markeredgewidth": 0.6}
+CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.2, "marker": "_", "markersize": 7}
+BASELINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (5, 3)), "linewidth": 1.1}
+UNFINISHED: dict[str, Any] = {"color": GREY, "linestyle": "-.", "linewidth": 1.0, "alpha": 0.75, "markersize": 3.0}
+
+EXTRAS = {
+    "few-shot (test)": "Dashed: few-shot baseline on the test split.",
+    "chance acceptance": "Dotted: what a uniform guesser would get accepted in as many tries.",
+    "not finished": "Dash-dotted: runs that are not finished.",
+}
+"""What a caption says of a line that is not in every figure."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure on disk: file stem, caption for the HTML page, and the files."""
+
+    name: str
+    caption: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run as a polyline; `counted` curves enter their scheme's mean, the others are drawn faintly."""
+
+    x: list[float]
+    y: list[float]
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure to draw: what a run contributes to it (`x` and `y`, of equal length; `y` None where it was not measured) and how it reads.
+
+    Shares are drawn in percent, from 0; other quantities on their own scale. `few_shot` draws the baseline, `chance` a dotted companion.
+    """
+
+    name: str
+    x_label: str
+    y_label: str
+    x: Callable[[Run], list[float]]
+    y: Callable[[Run], list[float | None]]
+    caption: str
+    share: bool = True
+    few_shot: bool = False
+    chance: Callable[[Run], list[float | None]] | None = None
+
+
+def palette(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+    """Scheme label → (colour, marker), one for all figures of a report and for its page."""
+    labels = list(
+        dict.fromkeys(run.label for run in sorted(runs, key=lambda run: run.order) if run.status not in ("missing", "unreadable"))
+    )
+    others = [label for label in labels if label not in USUAL]
+    chosen = USUAL | {label: (SPARE[n % len(SPARE)], MARKERS[n % len(MARKERS)]) for n, label in enumerate(others)}
+    return {label: chosen[label] for label in labels}
+
+
+def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Drawn]:
+    """Every figure that the runs have data for, as PNG (150 dpi) and PDF in `out`. OSError where it cannot be written."""
+    colours = palette(runs)
+    runs = [run for run in runs if run.iterations]
+    if not runs:
+        return []
+    out.mkdir(parents=True, exist_ok=True)
+    counted = {run.folder for run in comparison.counted}
+    figures = [_draw(plot, runs, counted, colours, out) for plot in _plots(runs)]
+    figures.append(_draw_difficulty([run for run in runs if run.folder in counted], colours, out))
+    return [figure for figure in figures if figure]
+
+
+def _plots(runs: Sequence[Run]) -> list[Plot]:
+    pick, split = _split(runs)
+    label = f"{split} accuracy (%)"
+    marks = "Line: mean over finished seeds; points: seeds; band: their range."
+    both = "Line: mean over finished seeds, of the cost as well; points: seeds."
+
+    def accuracy(run: Run) -> list[float | None]:
+        before = run.zero_shot if split == "test" else run.start
+        return [score.accuracy if score else None for score in [before, *(pick(i) for i in run.iterations)]]
+
+    def numbers(run: Run) -> list[float]:
+        return [float(i.index) for i in run.iterations]
+
+    return [
+        Plot(
+            "accuracy_per_iteration",
+            "EM iterations completed",
+            label,
+            lambda run: [0.0, *(i.index + 1.0 for i in run.iterations)],
+            accuracy,
+            f"{split.capitalize()} accuracy after each EM iteration. {marks}",
+            few_shot=True,
+        ),
+        Plot(
+            "accuracy_per_token",
+            "tokens generated in E-steps (cumulative)",
+            label,
+            lambda run: _cumulative([i.tokens for i in run.iterations]),
+            accuracy,
+            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged. {both}",
+            few_shot=True,
+        ),
+        Plot(
+            "accuracy_per_second",
+            "E-step and M-step time (s, cumulative)",
+            label,
+            lambda run: _cumulative([i.seconds for i in run.iterations]),
+            accuracy,
+            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged. {both}",
+            few_shot=True,
+        ),
+        Plot(
+            "acceptance",
+            "EM iteration",
+            "questions accepted (%)",
+            numbers,
+            lambda run: [i.acceptance for i in run.iterations],
+            "Questions with an accepted rationale.",
+            chance=lambda run: [i.chance for i in run.iterations],
+        ),
+        Plot(
+            "rationale_length",
+            "EM iteration",
+            "mean rationale length (tokens)",
+            numbers,
+            lambda run: [i.rationale_tokens for i in run.iterations],
+            "Mean length of the E-step's rationales. The axis does not start at zero.",
+            share=False,
+        ),
+    ]
+
+
+def _cumulative(amounts: Sequence[float]) -> list[float]:
+    return [0.0, *np.cumsum(amounts).tolist()]
+
+
+def _split(runs: Sequence[Run]) -> tuple[Callable[[Iteration], Score | None], str]:
+    """Test accuracy per iteration where every run has it, validation accuracy otherwise: the two are not mixed."""
+    if all(i.test for run in runs for i in run.iterations):
+        return lambda i: i.test, "test"
+    return lambda i: i.validation, "validation"
+
+
+def _panels(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Models are rows and datasets columns, so panels are in that order."""
+    keys = sorted({(run.model, run.dataset) for run in runs})
+    return [(f"{dataset}, {model}", [r for r in runs if (r.model, r.dataset) == (model, dataset)]) for model, dataset in keys]
+
+
+def _few_shot(runs: Sequence[Run]) -> float | None:
+    scores = {run.seed: run.few_shot.accuracy for run in runs if run.few_shot}
+    return sum(scores.values()) / len(scores) if scores else None
+
+
+def _curves(
+    runs: Sequence[Run], x: Callable[[Run], list[float]], y: Callable[[Run], list[float | None]], counted: set[Path]
+) -> dict[str, list[Curve]]:
+    curves: dict[str, list[Curve]] = {}
+    for run in sorted(runs, key=lambda run: run.order):
+        points = [(a, b) for a, b in zip(x(run), y(run), strict=True) if b is not None]
+        if points:
+            curves.setdefault(run.label, []).append(Curve([a for a, _ in points], [b for _, b in points], run.folder in counted))
+    return curves
+
+
+def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
+    panels = [(title, group, _curves(group, plot.x, plot.y, counted)) for title, group in _panels(runs)]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return None
+    scale = 100.0 if plot.share else 1.0
+    extras: dict[str, dict[str, Any]] = {}
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        figure, axes = _grid([group for _, group, _ in panels], plot.x_label, plot.y_label)
+        for ax, (title, group, curves) in zip(axes, panels, strict=True):
+            companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
+            at = {x for lines in curves.values() for line in lines for x in line.x}
+            if len(at) == 1 and "iteration" in plot.x_label:  # points over one another: set them side by side
+                for n, label in enumerate(curves):
+                    for line in [*curves[label], *companions.get(label, [])]:
+                        line.x[0] += _aside(n, len(curves))
+                ax.set_xlim(min(at) - 0.5, max(at) + 0.5)
+            for label, lines in curves.items():
+                _draw_scheme(ax, lines, *colours[label], scale)
+                if not all(line.counted for line in lines):
+                    extras["not finished"] = UNFINISHED
+            for label, lines in companions.items():
+                extras["chance acceptance"] = CHANCE
+                for line in lines:
+                    ax.plot(line.x, np.multiply(line.y, scale), **CHANCE | {"color": colours[label][0]})
+            if plot.few_shot and (level := _few_shot(group)) is not None:
+                extras["few-shot (test)"] = BASELINE
+                ax.axhline(scale * level, **BASELINE)
+            ax.set_title(_literal(title))
+            if plot.share:
+                top = min(max(ax.get_ylim()[1], 10.0), 103.0)  # a line at zero is not stretched over the panel
+                ax.set_ylim(min(0.0, -0.02 * top), top)
+            if "iteration" in plot.x_label:
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            elif "tokens" in plot.x_label:
+                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for *_, curves in panels)]
+        handles += [Line2D([], [], label=name, **style) for name, style in extras.items()]
+        caption = " ".join([plot.caption, *(EXTRAS[name] for name in extras)])
+        return _save(figure, handles, plot.name, caption, out)
+
+
+def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, scale: float) -> None:
+    whole = [curve for curve in curves if curve.counted]
+    for curve in curves:
+        if not curve.counted:
+            ax.plot(curve.x, np.multiply(curve.y, scale), **UNFINISHED | {"color": colour, "marker": marker})
+    if not whole:
+        return
+    # A mean over fewer seeds than the point before it would jump for no reason: it ends where the shortest seed ends.
+    length = min(len(curve.x) for curve in whole)
+    x = np.array([curve.x[:length] for curve in whole])
+    y = np.array([curve.y[:length] for curve in whole]) * scale
+    style = SOLID
+    if length == 1:  # no line and no band to see it by
+        style = SOLID | {"markersize": 8.0}
+        ax.vlines(x.mean(0), y.min(0), y.max(0), color=colour, alpha=0.35, linewidth=2.5)
+    if len(whole) > 1:
+        ax.fill_between(x.mean(0), y.min(0), y.max(0), color=colour, alpha=0.13, linewidth=0)
+        for curve in whole:
+            ax.plot(curve.x, np.multiply(curve.y, scale), marker, color=colour, markersize=2.6, alpha=0.45, markeredgewidth=0)
+    ax.plot(x.mean(0), y.mean(0), color=colour, marker=marker, **style)
+
+
+def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
+    panels = [(title, group, acceptance_by_difficulty(group)) for title, group in _panels(runs)]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return None
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        x_label = "base model's solve rate (%)    hard → easy"
+        figure, axes = _grid([group for _, group, _ in panels], x_label, "questions accepted (%)")
+        for ax, (title, _, shown) in zip(axes, panels, strict=True):
+            for n, (label, shares) in enumerate(shown.items()):
+                # Side by side, so that the intervals can be told apart.
+                x = np.array([b for b in range(DECILES) if shares[b]]) + _aside(n, len(shown))
+                rate, low, high = (np.array([100 * share[i] for share in shares if share]) for i in range(3))
+                colour, marker = colours[label]
+                ax.errorbar(x, rate, [rate - low, high - rate], color=colour, marker=marker, elinewidth=0.9, capsize=2, **SOLID)
+            ax.set_title(_literal(title))
+            ax.set_xticks([edge - 0.5 for edge in range(0, DECILES + 1, 2)], [str(10 * edge) for edge in range(0, DECILES + 1, 2)])
+            ax.set_xlim(-0.5, DECILES - 0.5)
+            ax.set_ylim(-2, 103)
+        handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for *_, shown in panels)]
+        caption = (
+            "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question (tenths); each run is "
+            "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
+        )
+        return _save(figure, handles, "acceptance_by_difficulty", caption, out)
+
+
+def _aside(n: int, count: int) -> float:
+    """How far the n-th of `count` marks at the same place steps aside, in units of the axis."""
+    return min(0.09, 0.5 / count) * (n - (count - 1) / 2)
+
+
+def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[Figure, list[Axes]]:
+    """A figure with one set of axes per group: datasets side by side, models below one another, labels on the outer axes only."""
+    count, datasets = len(groups), len({group[0].dataset for group in groups})
+    columns = datasets if 1 < datasets <= 4 and count % datasets == 0 else min(count, 3)
+    rows = -(-count // columns)
+    width, height = (5.0, 3.3) if count == 1 else (3.2, 2.5)
+    figure = Figure(figsize=(width * columns, height * rows + 0.35), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for n, ax in enumerate(axes):
+        ax.set_visible(n < count)
+        ax.set_ylabel(y_label if n % columns == 0 else "")
+        ax.set_xlabel(x_label if n + columns >= count else "")
+    return figure, axes[:count]
+
+
+def _handle(label: str, colour: str, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, label=_literal(label), **SOLID)
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return plain(text).replace("$", r"\$")
+
+
+def _legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Above the panels, in as many columns as fit: matplotlib clips a legend that is wider than its figure."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2, handlelength=1.8
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
+def _save(figure: Figure, handles: list[Line2D], name: str, caption: str, out: Path) -> Drawn:
+    _legend(figure, handles)
+    files = (out / f"{name}.png", out / f"{name}.pdf")
+    figure.savefig(files[0])
+    figure.savefig(files[1], metadata={"CreationDate": None})  # the same runs give the same bytes
+    return Drawn(name, caption, files)

@@ -1,0 +1,155 @@
+"""`report.html`: one file that opens from disk without a network. Jinja escapes every text; the page's policy forbids fetching."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+
+from emreason.reports import tables
+from emreason.reports.comparison import Comparison
+from emreason.reports.figures import Drawn
+from emreason.reports.reading import Run, differing_keys, read_lines
+
+PER_GROUP = 6  # rationales of one scheme, dataset, model, iteration and verdict
+IN_ALL = 600
+TEXT_LIMIT = 3000  # characters of a rationale or a question that are shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One attempt as the page shows it."""
+
+    scheme: str
+    dataset: str
+    model: str
+    seed: str
+    iteration: int
+    accepted: bool
+    proposal: str
+    attempt: str
+    question_id: str
+    question: str
+    gold: str
+    answer: str | None
+    text: str
+    n_tokens: str
+    finish_reason: str
+
+
+def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], palette: dict[str, tuple[str, str]]) -> str:
+    """The whole page. Reads the template beside this file, the drawn figures and the runs' journals."""
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("emreason.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    samples = sample_rationales(runs)
+    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
+    return template.render(
+        paper=tables.paper_table(comparison),
+        caption=tables.caption(),
+        notes=comparison.notes,
+        pairs=tables.pairs_table(comparison),
+        listed=tables.runs_table(shown),
+        positions=_positions(comparison.counted),
+        figures=[{"caption": d.caption, "name": d.name, "data": base64.b64encode(d.files[0].read_bytes()).decode()} for d in drawn],
+        differences=_differences(shown),
+        samples=samples,
+        per_group=PER_GROUP,
+        schemes=list(dict.fromkeys(s.scheme for s in samples)),
+        iterations=sorted({s.iteration for s in samples}),
+        places=list(dict.fromkeys((s.dataset, s.model) for s in samples)),
+        colours={label: colour for label, (colour, _) in palette.items()},
+        counted=len(comparison.counted),
+        total=len(runs),
+    )
+
+
+def sample_rationales(runs: Sequence[Run]) -> list[Sample]:
+    """One attempt each at up to `PER_GROUP` questions per scheme, dataset, model, iteration and verdict, `IN_ALL` in all.
+
+    Chosen by a hash of the question, so that the choice is the same every time, says nothing about the order in which
+    completions arrived, and shows the same questions under every scheme.
+    """
+    groups: dict[tuple[Any, ...], dict[bytes, Sample]] = {}
+    for run in runs:
+        for path in sorted((run.folder / "rationales").glob("iteration=*.jsonl")):
+            for row in read_lines(path):
+                if not {"question_id", "iteration", "accepted", "text"} <= row.keys() or not isinstance(row["iteration"], int):
+                    continue
+                group = groups.setdefault((run.dataset, run.model, run.order, row["iteration"], not row["accepted"]), {})
+                rank = hashlib.blake2b(str(row["question_id"]).encode("utf-8", "replace")).digest()
+                if rank not in group:
+                    group[rank] = _sample(run, row)
+                    if len(group) > PER_GROUP:
+                        del group[max(group)]
+    # Where the cap bites, every group loses its last ones first.
+    ranked = sorted((place, n) for n, group in enumerate(groups.values()) for place in range(len(group)))
+    kept = set(ranked[:IN_ALL])
+    ordered = [[group[rank] for rank in sorted(group)] for group in groups.values()]
+    positions = sorted((key, n) for n, key in enumerate(groups))
+    return [sample for _, n in positions for place, sample in enumerate(ordered[n]) if (place, n) in kept]
+
+
+def _sample(run: Run, row: dict[str, Any]) -> Sample:
+    return Sample(
+        scheme=run.label,
+        dataset=run.dataset,
+        model=run.model,
+        seed=str(run.seed),
+        iteration=row["iteration"],
+        accepted=bool(row["accepted"]),
+        proposal=str(row.get("proposal", "")),
+        attempt=str(row.get("attempt", "")),
+        question_id=str(row["question_id"]),
+        question=_cut(row.get("question")),
+        gold=_cut(row.get("gold")),
+        answer=None if row.get("answer") is None else _cut(row["answer"]),
+        text=_cut(row["text"]),
+        n_tokens=str(row.get("n_tokens", "")),
+        finish_reason=str(row.get("finish_reason", "")),
+    )
+
+
+def _cut(text: object) -> str:
+    whole = "" if text is None else str(text)
+    return whole if len(whole) <= TEXT_LIMIT else whole[:TEXT_LIMIT] + " […]"
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Config keys that differ → each value with the runs that have it."""
+    several = len({(run.dataset, run.model) for run in runs}) > 1
+    names = {r.folder: f"{r.label}{f' on {r.dataset} with {r.model}' if several else ''}, seed {r.seed}" for r in runs}
+    rows = []
+    for key, values in differing_keys(runs).items():
+        by_value: dict[str, list[str]] = {}
+        for folder, value in values.items():
+            by_value.setdefault(value, []).append(names[folder])
+        rows.append((key, list(by_value.items())))
+    return rows
+
+
+def _positions(runs: Sequence[Run]) -> tables.Table | None:
+    """Test accuracy in % by the letter of the gold answer, pooled over seeds: a model that favours a letter shows here."""
+    letters = sorted({letter for run in runs if run.test for letter in run.test.positions})
+    if not letters:
+        return None
+    pooled: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for run in runs:
+        tally = pooled.setdefault((run.dataset, run.model, run.label), {})
+        for letter, (n, accuracy) in (run.test.positions if run.test else {}).items():
+            cell = tally.setdefault(letter, [0.0, 0.0])
+            cell[0] += n
+            cell[1] += n * accuracy
+    rows = [
+        [tables.Entry(text) for text in key]
+        + [tables.Entry(f"{tables.percent(tally[x][1] / tally[x][0])} ({tally[x][0]:.0f})" if x in tally else "—") for x in letters]
+        for key, tally in pooled.items()
+        if tally
+    ]
+    columns = ["dataset", "model", "scheme", *letters]
+    return tables.Table("Test accuracy (%) by the gold answer's letter (questions)", columns, rows, tuple(range(3, len(columns))))

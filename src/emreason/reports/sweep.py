@@ -1,0 +1,79 @@
+"""The end of a Hydra multirun: its jobs compared, the failed ones named; and what a multirun refuses to begin."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+
+from emreason.runs.checks import check_config_for_secrets, ranks_started
+from emreason.runs.summary import read_summary
+from emreason.types import UserError
+
+
+class SweepTable(Callback):
+    """Refuses secrets; notes the jobs' folders as they start and compares them when the sweep ends; set as `hydra.callbacks.sweep`.
+
+    Launchers may run jobs in other processes or on other machines: there a copy of this callback writes into the same file.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: Path | None = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse secrets before Hydra saves the config.
+
+        Raises:
+            SystemExit: there is one.
+        """
+        try:
+            check_config_for_secrets(config)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin the list of jobs.
+
+        Raises:
+            SystemExit: there is a secret in the config, or torchrun or srun has started this sweep once per rank.
+        """
+        self.on_run_start(config, **kwargs)
+        if (started := ranks_started() or 1) > 1:
+            raise SystemExit(
+                f"error: {started} processes were started, and each would begin the whole sweep. Start it without torchrun or srun: each "
+                "job then starts its own ranks (trainer.devices=N). For jobs on several nodes use torchrun once a job, or "
+                "hydra/launcher=slurm with hydra.launcher.nodes=M hydra.launcher.tasks_per_node=N trainer.num_nodes=M trainer.devices=N."
+            )
+        self.jobs = Path(config.hydra.sweep.dir).resolve() / f".jobs-{os.getpid()}"
+        self.jobs.parent.mkdir(parents=True, exist_ok=True)
+        self.jobs.write_text("")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Add the job's folder to the list: at its start, since a killed job has no end. Tasks other than training leave no run."""
+        if self.jobs is not None and config.task == "emreason.train.run":  # not a single run
+            with self.jobs.open("a") as file:
+                file.write(f"{config.hydra.runtime.output_dir}\n")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Print the table of all jobs.
+
+        Raises:
+            SystemExit: some job did not finish; names them. (Hydra turns any `Exception` of a callback into a warning and exits with 0.)
+        """
+        from emreason.reports.reading import collect
+        from emreason.reports.writing import print_runs
+
+        assert self.jobs is not None
+        folders = [Path(line) for line in dict.fromkeys(self.jobs.read_text().splitlines())]  # a sweeper may try the same values twice
+        self.jobs.unlink()
+        known = [folder for folder in folders if (folder / "summary.json").exists()]
+        if known:
+            print_runs(collect(known), Console())
+        unfinished = [folder for folder in folders if read_summary(folder).get("status") != "finished"]
+        if unfinished:
+            names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
+            raise SystemExit(f"error: {len(unfinished)} of {len(folders)} jobs failed, the same command tries them again: {names}")

@@ -1,0 +1,324 @@
+"""The report's tables as text: Markdown, LaTeX (booktabs) and rich. Names in them are untrusted and escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from emreason.reports.comparison import SIGNIFICANT, Cell, Comparison
+from emreason.reports.reading import DIAGNOSTICS, Iteration, Run, Score
+from emreason.types import plain
+
+DAGGER = "†"
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "_": r"\_",
+    "%": r"\%",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "·": r"$\cdot$",
+    "→": r"$\to$",
+    "–": "--",
+    DAGGER: r"\textsuperscript{\textdagger}",
+    "—": "---",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One table cell: plain text and whether it is set in bold."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it takes a form. `numeric` columns are set flush right; `rules` are rows before which a line is drawn."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Entry]]
+    numeric: tuple[int, ...] = ()
+    rules: tuple[int, ...] = ()
+
+
+def paper_table(comparison: Comparison) -> Table:
+    """Scheme × model × dataset: test accuracy in %, mean ± half of the 95 % interval over seeds, number of seeds in brackets."""
+    datasets = sorted({cell.dataset for cell in comparison.cells})
+    models = sorted({cell.model for cell in comparison.cells})
+    rows: list[list[Entry]] = []
+    rules: list[int] = []
+    for model in models:
+        here = [cell for cell in comparison.cells if cell.model == model]
+        rules.append(len(rows))
+        schemes = dict.fromkeys(cell.scheme for cell in sorted(here, key=lambda cell: not cell.baseline))
+        for n, scheme in enumerate(schemes):
+            by_dataset = {cell.dataset: cell for cell in here if cell.scheme == scheme}
+            entries = [_accuracy(by_dataset.get(dataset)) for dataset in datasets]
+            rows.append([Entry(model if n == 0 else ""), Entry(scheme), *entries])
+    return Table("Test accuracy (%)", ["model", "scheme", *datasets], rows, tuple(range(2, 2 + len(datasets))), tuple(rules[1:]))
+
+
+def _accuracy(cell: Cell | None) -> Entry:
+    if cell is None or cell.accuracy is None or cell.low is None or cell.high is None:
+        return Entry("—")
+    if cell.interval == "wilson":
+        spread = f" [{percent(cell.low)}, {percent(cell.high)}]"
+    else:
+        spread = f" ± {percent(cell.high - cell.accuracy)}"
+    worse = DAGGER if cell.p_vs_best is not None and cell.p_vs_best < SIGNIFICANT else ""
+    return Entry(f"{percent(cell.accuracy)}{spread} ({cell.seeds}){worse}", cell.best)
+
+
+def caption() -> str:
+    """What the marks of the paper's table mean."""
+    return (
+        "Mean ± 95 % t-interval over seeds, number of seeds in brackets; [low, high]: 95 % Wilson interval over questions, where "
+        "there is one seed or the seeds share the base model; bold: best of its column, where every scheme has several seeds; "
+        f"{DAGGER}: differs from the best, paired test on the same questions, Holm-corrected p < {SIGNIFICANT}."
+    )
+
+
+def pairs_table(comparison: Comparison) -> Table:
+    """Every pair compared: difference in percentage points with its 95 % interval, raw and Holm-corrected p-values."""
+    rows = [
+        [
+            Entry(p.dataset),
+            Entry(p.model),
+            Entry(f"{p.first} − {p.second}"),
+            Entry(f"{_points(p.difference.estimate)} [{_points(p.difference.low)}, {_points(p.difference.high)}]"),
+            Entry(_p(p.difference.p)),
+            Entry(_p(p.p_holm), p.p_holm < SIGNIFICANT),
+            Entry(str(p.difference.seeds)),
+            Entry(str(p.difference.questions)),
+            Entry(p.test),
+        ]
+        for p in comparison.pairs
+    ]
+    columns = ["dataset", "model", "pair", "difference (points)", "p", "p (Holm)", "seeds", "questions", "test"]
+    return Table(
+        "Paired comparisons (bootstrap over questions and seeds; within one seed exact McNemar, against the baseline only)",
+        columns,
+        rows,
+        (3, 4, 5, 6, 7),
+    )
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """One row per run, finished or not: baselines, accuracy per iteration, final test, acceptance beside chance, cost. Accuracies in %."""
+    several = len({(run.dataset, run.model) for run in runs}) > 1
+    rows, rules, last = [], [], None
+    for run in runs:
+        if last is not None and (run.dataset, run.model, run.label) != last:
+            rules.append(len(rows))
+        last = (run.dataset, run.model, run.label)
+        rows.append([Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])])
+    columns = [*RUN_COLUMNS[:2], *(["dataset", "model"] if several else []), *RUN_COLUMNS[2:]]
+    numeric = [columns.index(name) for name in ("seed", "zero-shot", "few-shot", "forced test", "tokens generated", "time")]
+    place = "" if several or not runs else f": {runs[0].dataset}, {runs[0].model}"
+    return Table(f"Runs{place} (accuracies and acceptance in %)", columns, rows, tuple(numeric), tuple(rules))
+
+
+RUN_COLUMNS = [
+    "scheme",
+    "seed",
+    "zero-shot",
+    "few-shot",
+    "validation per iteration",
+    "test [95%-CI]",
+    "forced test",
+    "accepted per iteration (chance)",
+    "rationale tokens",
+    "tokens generated",
+    "time",
+]
+
+
+def diagnostics_table(runs: Sequence[Run]) -> Table:
+    """One row per scheme: what its accepted rationales of the last iteration look like, and the model after it; means over finished runs.
+
+    Shares in %. No rows where no run has any of it.
+    """
+    groups: dict[tuple[str, str, str], list[Iteration]] = {}
+    for run in runs:
+        if run.problem is None and run.iterations and run.iterations[-1].diagnostics:
+            groups.setdefault((run.dataset, run.model, run.label), []).append(run.iterations[-1])
+    several = len({key[:2] for key in groups}) > 1
+    rows = []
+    for (dataset, model, label), last in groups.items():
+        row = [*((dataset, model) if several else ()), label, str(len(last))]
+        for key in DIAGNOSTICS:
+            values = [i.diagnostics[key] for i in last if key in i.diagnostics]
+            average = sum(values) / len(values) if values else None
+            row.append(percent(average) if key.endswith("_rate") or average is None else f"{average:.3f}".replace("-", "−"))
+        rows.append([Entry(text) for text in row])
+    names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "KL per token", "log π(y*|x)"]
+    columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
+    where = "" if several or not groups else ": {}, {}".format(*next(iter(groups)))
+    title = f"Accepted rationales of the last iteration (%), and the model after it (nats){where}"
+    return Table(title, columns, rows, tuple(range(len(columns) - len(names) - 1, len(columns))))
+
+
+def halves(table: Table) -> list[Table]:
+    """The runs' table in two for narrow terminals: accuracies, then the E-step and its cost."""
+    cut = table.columns.index("accepted per iteration (chance)")
+    lead = table.columns.index("zero-shot")
+    parts = []
+    for title, kept in ((table.title, range(cut)), ("", [*range(lead), *range(cut, len(table.columns))])):
+        rows = [[row[i] for i in kept] for row in table.rows]
+        numeric = tuple(n for n, i in enumerate(kept) if i in table.numeric)
+        parts.append(Table(title, [table.columns[i] for i in kept], rows, numeric, table.rules))
+    return parts
+
+
+def _run_row(run: Run, where: Sequence[str]) -> list[str]:
+    status = "" if run.status == "finished" and run.test else f" ({run.status})"
+    curve = " ".join(_short(i.validation.accuracy if i.validation else None) for i in run.iterations)
+    return [
+        run.label + status,
+        str(run.seed),
+        *where,
+        _score(run.zero_shot),
+        _score(run.few_shot),
+        (f"{_short(run.start.accuracy)} → {curve}" if run.start and curve else curve) or "—",
+        f"{_score(run.test)} [{_short(run.test.low)}, {_short(run.test.high)}]" if run.test else "—",
+        percent(run.test.forced_accuracy) if run.test else "—",
+        _accepted(run.iterations),
+        " ".join(f"{i.rationale_tokens:.0f}" if i.rationale_tokens is not None else "—" for i in run.iterations) or "—",
+        thousands(sum(i.tokens for i in run.iterations)),
+        duration(run.seconds),
+    ]
+
+
+def _accepted(iterations: Sequence[Iteration]) -> str:
+    if not iterations:
+        return "—"
+    chances = [_short(i.chance) for i in iterations]
+    shown = " ".join(_short(i.acceptance) for i in iterations)
+    return f"{shown} ({chances[0] if len(set(chances)) == 1 else ' '.join(chances)})"
+
+
+def _score(score: Score | None) -> str:
+    return percent(score.accuracy) if score else "—"
+
+
+def _short(value: float | None) -> str:
+    """Percent for a list of numbers: two digits are what a few hundred questions can tell apart."""
+    return "—" if value is None else f"{100 * value:.0f}" if value >= 0.0995 or value == 0 else f"{100 * value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as percent with one decimal, without the sign; — for None."""
+    return "—" if value is None else f"{100 * value:.1f}"
+
+
+def _points(value: float) -> str:
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def thousands(count: float) -> str:
+    """A count for people: 812, 41.2k, 3.1M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 95 s, 12 min, 2 h 10 min; — for None."""
+    if seconds is None:
+        return "—"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def markdown(table: Table) -> str:
+    """A GitHub table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
+    rows = [[f"**{escape_markdown(e.text)}**" if e.bold else escape_markdown(e.text) for e in row] for row in table.rows]
+    return "\n".join([line([escape_markdown(c) for c in table.columns]), line(rule), *map(line, rows)]) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """One line of Markdown in which nothing of `text` acts as markup or as HTML."""
+    text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]#|~!" else c for c in text)
+
+
+def latex(table: Table, caption: str, notes: Sequence[str]) -> str:
+    """A floating booktabs table (needs \\usepackage{booktabs}) with the notes below it."""
+    align = "".join("r" if i in table.numeric else "l" for i in range(len(table.columns)))
+
+    def line(cells: Sequence[str]) -> str:
+        return "    " + " & ".join(cells) + r" \\"
+
+    body = []
+    for n, row in enumerate(table.rows):
+        if n in table.rules:
+            body.append(r"    \midrule")
+        body.append(line([rf"\textbf{{{escape_latex(e.text)}}}" if e.bold else escape_latex(e.text) for e in row]))
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"  \centering",
+            rf"  \caption{{{escape_latex(table.title)}. {escape_latex(caption)}}}",
+            rf"  \begin{{tabular}}{{{align}}}",
+            r"    \toprule",
+            line([escape_latex(c) for c in table.columns]),
+            r"    \midrule",
+            *body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            *[rf"  \par\smallskip{{\footnotesize {escape_latex(note)}\par}}" for note in notes],
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX sets as it reads."""
+    return "".join(LATEX.get(c, c) for c in plain(text))
+
+
+def rich_table(table: Table) -> RichTable:
+    """For the terminal. Cells are Text objects: nothing in them is read as markup."""
+    drawn = RichTable(
+        title=Text(table.title, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
+    )
+    for i, column in enumerate(table.columns):
+        # A heading takes a line per word, so that the numbers below set the width; lists of numbers may wrap, single ones not.
+        drawn.add_column(
+            Text("\n".join(plain(column).split())),
+            justify="right" if i in table.numeric else "left",
+            no_wrap=i in table.numeric,
+            overflow="fold",
+        )
+    for n, row in enumerate(table.rows):
+        drawn.add_row(*[Text(plain(e.text), style="bold" if e.bold else "") for e in row], end_section=n + 1 in table.rules)
+    return drawn

@@ -1,0 +1,88 @@
+"""What every command says and how it ends: errors in one sentence, signals in one line."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from transformers.utils import logging as hf_logging
+
+from emreason.runs.checks import check_arguments, quoted
+from emreason.runs.interrupt import stop_on_signals
+from emreason.types import UserError, plain
+
+EXPECTED = (UserError, HydraException, OmegaConfBaseException, OSError)
+"""Errors that are told in one sentence; anything else is a bug and keeps its traceback."""
+
+
+@functools.cache
+def console() -> Console:
+    """Where people are told what happens: stderr, model text never read as markup."""
+    return Console(stderr=True, markup=False)
+
+
+def report_errors(task: Callable[[], Any], again: str = "goes on where it stopped") -> None:
+    """Run a console script. What the user can mend, and what the system refuses, is one sentence on stderr and exit code 1; a signal ends
+    it with one line and exit code 128 + its number. Neither is a traceback.
+
+    Args:
+        again: what the same command does after an interruption.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with stop_on_signals() as stop:
+        try:
+            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+            check_arguments(sys.argv[1:])
+            task()
+        except EXPECTED as error:
+            if stop.signal is None:
+                print(f"error: {one_sentence(error)}", file=sys.stderr)
+                sys.exit(1)
+        except BaseException:
+            if stop.signal is None:
+                raise
+    if stop.signal is not None:
+        stop.leave(again)
+
+
+def one_sentence(error: BaseException) -> str:
+    """What the user is told: our own message where there is one below Hydra's wrapping, else Hydra's without its line breaks."""
+    cause: BaseException | None = error
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "make room and give the same command again; nothing is lost" if full else "use a place that can be read and written"
+        text = f"{error.filename or 'a file'}: {error.strerror}; {mend}."
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override} is not a valid override: {text}"
+    while cause is not None:
+        if isinstance(cause, UserError):
+            text = str(cause)
+            break
+        cause = cause.__cause__
+    text = text.partition("Config search path:")[0]  # where Hydra looked is no help
+    if text.startswith("Could not override"):
+        text = f"{text}, or see every key there is: emreason --cfg job"
+    return plain(" ".join(text.split()))
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves; our own lines and errors remain."""
+    hf_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    # which rank died, and that the others are ended for it
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,142 @@
+"""From a config to its parts: dataset, prompts, model, engine. Shared by training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from emreason.models.kernels import compile_ahead
+from emreason.models.loading import choose_dtype
+from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
+from emreason.questions.datasets import Dataset
+from emreason.questions.prompts import Prompts
+from emreason.runs.console import console
+from emreason.types import Engine, UserError
+
+_INSTALLED = Path(__file__).resolve().parents[1] / "conf"
+CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[3] / "conf")
+"""The config tree: inside the package once installed, at the top of the repository in a checkout."""
+
+MAY_CHANGE = (
+    "task",
+    "trainer",
+    "token_budget",
+    "logger",
+    "rationale_rows",
+    "evaluation.diagnostics",
+    "overwrite",
+    "keep_checkpoints",
+    "data_root",
+    "engine.max_batch",
+    "hydra",
+)
+"""Config keys that a resumed run may change: they do not alter what is sampled or learned."""
+
+
+@dataclass
+class Experiment:
+    """The parts of a run or an evaluation."""
+
+    dataset: Dataset
+    prompts: Prompts
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    dtype: torch.dtype
+
+
+@out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
+def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
+    """Load data first (its errors are cheap), then the model.
+
+    Args:
+        dtype: what an earlier part of this run resolved `engine.dtype=auto` to.
+
+    Raises:
+        UserError: data or model cannot be loaded.
+    """
+    keep_freed_memory()
+    spare_imports()
+    dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
+    for split in ("train", "validation", "test"):
+        dataset.questions(split)
+    hydra.utils.instantiate(cfg.sampler)
+    wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
+    if wanted > there:
+        key = "examples" if "examples" in cfg else "sampler.worked_examples"
+        raise UserError(
+            f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
+        )
+    rank_zero_only(console().print)(dataset.understood(), highlight=False, soft_wrap=True)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
+    precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
+        precision = "float32"  # ranks that measured for themselves could disagree
+    chosen = choose_dtype(precision, device)
+    if device.type == "cpu":
+        compile_ahead(chosen)  # while the model loads
+    # partials: objects passed through `instantiate` would be copied
+    model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
+    if "add" in cfg.peft:
+        model = hydra.utils.instantiate(cfg.peft.add)(model)
+    engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
+    prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
+
+
+def resolve(cfg: DictConfig) -> str:
+    """The config with every interpolation resolved, as YAML."""
+    return OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
+
+
+def check_same_config(folder: Path, config: str) -> None:
+    """Refuse to continue a run under another config.
+
+    Raises:
+        UserError: what `folder/config.yaml` says differs in a key that alters the run; names the keys and the ways out.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    before, now = flatten(OmegaConf.to_container(read_config(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    differing = [
+        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
+            "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
+        )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: the file is not a config.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not YAML ({error}); restore it, or begin again with overwrite=true.") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is not a run's config; restore it, or begin again with overwrite=true.")
+    return config
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}

@@ -1,0 +1,98 @@
+"""`summary.json`: what a run has come to, and on what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from emreason import __version__
+from emreason.runs.journal import write_json
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "vllm")
+
+
+class Summary:
+    """`summary.json`, replaced atomically at every change; an earlier one in the folder is continued."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.path = folder / "summary.json"
+        before = read_summary(folder)
+        self._spent = float(before.get("seconds") or 0.0)
+        self._start = time.monotonic()
+        self.values: dict[str, Any] = {
+            **identity,
+            "status": "running",
+            "baseline": before.get("baseline"),
+            "test": before.get("test"),
+            "iterations": before.get("iterations", []),
+            "seconds": self._spent,
+            "peak_memory_bytes": before.get("peak_memory_bytes", 0),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+    @rank_zero_only
+    def update(self, **values: Any) -> None:
+        """Change keys and write the file."""
+        self.values.update(values)
+        self.values["seconds"] = round(self._spent + time.monotonic() - self._start, 3)
+        self.values["peak_memory_bytes"] = max(self.values["peak_memory_bytes"] or 0, peak_memory_bytes())
+        write_json(self.path, self.values)
+
+
+def tokens_drawn(iterations: list[dict[str, Any]]) -> int:
+    """What the E-steps of a summary's iterations have generated, accepted or not."""
+    return sum(record["e_step"]["tokens"] for record in iterations)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run folder, empty if it has none that can be read."""
+    try:
+        value = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far (and with CUDA, plus the largest allocation on the device)."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    found = {"emreason": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this code runs from, with `+dirty` if it has changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # installed somewhere inside another project's checkout
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+dirty" if commit and git("status", "--porcelain", "-uno") else commit

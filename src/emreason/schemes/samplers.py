@@ -1,0 +1,258 @@
+"""Sampling schemes (paper §3): proposals tried in order per question; the first whose answer is correct wins.
+
+    rejection sampling, budget M   question × M
+    STaR                           question × M, then rationalization      (M = 1: Zelikman et al. 2022)
+    prompt posterior sampling      rationalization × M                     (M = 1: the paper)
+
+`question` draws from π(z, y | x), `rationalization` from π(z, y | x, y*) by showing the gold answer as a hint. A question
+none of whose proposals is correct sits this iteration out.
+
+A scheme may also keep several rationales per question (`keep`) and say what each counts for (`weigh`): `weights.py`. It may sample only
+some of the questions in an iteration (`choose`): `choice.py`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from emreason.engines.drawing import draw_seed
+from emreason.questions.answers import answer_line_complete, extract
+from emreason.questions.prompts import Prompts
+from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
+
+PROPOSALS = ("question", "rationalization")
+WEIGHTS = ("rationales", "questions", "importance", "resample", "rloo", "trice")
+
+
+@dataclass
+class Scheme:
+    """One sampling scheme and how it draws; an instance of `conf/sampler/*.yaml`.
+
+    Attributes:
+        name: `rs`, `star`, `pps`, …
+        display: the name in tables and pictures, e.g. `RS-4`.
+        budget: M, the tries that `proposals` refers to.
+        proposals: proposal -> number of tries, in the order they are tried.
+        temperature, top_p, max_new_tokens: how the tokens of a draw are chosen.
+        worked_examples: number of worked examples shown in the E-step's prompts.
+        worked_examples_iterations: in how many first iterations they are shown; None is always.
+        stop_at_answer: end a completion with its answer line (y ends there) instead of at EOS only.
+        reject_trivial: also reject rationales that state an answer without any reasoning.
+        keep: accepted rationales after which a question is settled; as many as there are tries: all of them are drawn.
+        distinct: rationales with the same text count once.
+        weigh: what the rationales kept of one question count for, see `weights.py`.
+        reward: which completions are accepted: the dotted path of a function like those of `rewards.py`.
+        truncate: importance weights are cut to this many times the question's mean weight (Ionides 2008: √K); None is off.
+        choose: which questions an iteration samples: `all`, or `adaptive`: `share` of them, see `choice.py`.
+    """
+
+    name: str
+    display: str
+    budget: int
+    proposals: Mapping[Proposal, int]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    worked_examples: int = 0
+    worked_examples_iterations: int | None = None
+    stop_at_answer: bool = True
+    reject_trivial: bool = False
+    keep: int = 1
+    distinct: bool = False
+    weigh: str = "rationales"
+    truncate: float | None = None
+    reward: str = "emreason.schemes.rewards.correct"
+    choose: str = "all"
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, int) or self.budget < 1:
+            raise UserError(f"sampler.budget={self.budget!r}: the number of tries must be a whole number of at least 1.")
+        for proposal, tries in self.proposals.items():
+            if proposal not in PROPOSALS:
+                raise UserError(f"sampler.proposals: {proposal!r} is not known; use {' and '.join(PROPOSALS)}.")
+            if not isinstance(tries, int) or tries < 0:
+                raise UserError(f"sampler.proposals.{proposal}={tries!r}: the number of tries must be a whole number of at least 0.")
+        if not self.tries:
+            raise UserError("sampler.proposals: there is no try at all; give at least one proposal one try.")
+        if self.temperature < 0 or (self.temperature == 0 and max(self.proposals.values()) > 1):
+            raise UserError(
+                f"sampler.temperature={self.temperature}: it must be above 0 (greedy draws of one prompt are all the same); "
+                "0 is allowed with a single try per proposal only."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampler.top_p={self.top_p}: it must lie in (0, 1].")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise UserError(f"sampler.max_new_tokens={self.max_new_tokens!r}: it must be a whole number of at least 1.")
+        if self.worked_examples < 0 or (self.worked_examples_iterations is not None and self.worked_examples_iterations < 0):
+            raise UserError("sampler.worked_examples and sampler.worked_examples_iterations must be at least 0 (or null: always).")
+        try:
+            callable_ = callable(pkgutil.resolve_name(self.reward))
+        except (ValueError, ImportError, AttributeError):
+            callable_ = False
+        if not callable_:
+            raise UserError(
+                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums or well_formed."
+            )
+        if not isinstance(self.keep, int) or self.keep < 1:
+            raise UserError(f"sampler.keep={self.keep!r}: it must be a whole number of at least 1.")
+        if self.weigh not in WEIGHTS:
+            raise UserError(f"sampler.weigh={self.weigh!r} is not known; use {', '.join(WEIGHTS)}.")
+        if self.truncate is not None and self.truncate < 1:
+            raise UserError(f"sampler.truncate={self.truncate}: it must be at least 1 (times the mean weight), or null for no truncation.")
+        if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
+            raise UserError(
+                f"sampler.weigh={self.weigh} needs all draws, from the whole distribution: set sampler.keep={len(self.tries)}, "
+                "sampler.top_p=1, sampler.distinct=false and a temperature above 0."
+            )
+        n = len(self.tries)
+        if self.weigh == "rloo" and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
+            raise UserError(
+                "sampler.weigh=rloo compares all draws of the plain prompt: set sampler.proposals={question: K} with K of at least 2, "
+                "sampler.keep=K and sampler.distinct=false."
+            )
+        if self.weigh == "trice" and (self.tries != ("question", "rationalization") or self.keep < 2 or self.distinct):
+            raise UserError(
+                "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
+                "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
+            )
+        if self.choose not in ("all", "adaptive"):
+            raise UserError(f"sampler.choose={self.choose!r} is not known; use all or adaptive.")
+        if not 0 < self.share <= 1:
+            raise UserError(f"sampler.share={self.share}: the share of the questions that an iteration samples must lie in (0, 1].")
+        if self.choose == "adaptive" and self.weigh == "trice":
+            raise UserError("sampler.choose=adaptive does not go with sampler.weigh=trice, which begins with a draw of every question.")
+
+    @property
+    def tries(self) -> tuple[Proposal, ...]:
+        """The proposal of attempt 1, 2, …"""
+        return tuple(proposal for proposal, tries in self.proposals.items() for _ in range(tries))
+
+    def n_tries(self, iteration: int) -> int:
+        """How many of `tries` an iteration has: TRICE's hinted draw begins the chain and is never made again."""
+        return 1 if self.weigh == "trice" and iteration > 0 else len(self.tries)
+
+    @property
+    def weighs_by_importance(self) -> bool:
+        """Whether the weights need a scoring pass."""
+        return self.weigh in ("importance", "resample")
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether an E-step needs the attempts of earlier iterations."""
+        return self.weigh == "trice" or self.choose == "adaptive"
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_p, self.max_new_tokens)
+
+    def n_examples(self, iteration: int) -> int:
+        """How many worked examples this iteration's E-step shows."""
+        always = self.worked_examples_iterations is None
+        return self.worked_examples if always or iteration < self.worked_examples_iterations else 0  # type: ignore[operator]
+
+
+def is_trivial(text: str) -> bool:
+    """Whether a completion states an answer without reasoning: fewer than three words before its answer line."""
+    reasoning = re.split(r"(?im)^[\W_]*(?:final\s+)?(?:the\s+)?answer\b", text, maxsplit=1)[0]
+    return len(re.findall(r"\w+", reasoning)) < 3
+
+
+def sample(
+    questions: Sequence[Question],
+    scheme: Scheme,
+    engine: Engine,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    iteration: int,
+    replayed: Iterable[Rationale] = (),
+) -> Iterator[Rationale]:
+    """The E-step on one rank: yield every new attempt, accepted or not, as the engine finishes it.
+
+    A question's next attempt enters the engine's queue the moment the last one failed; there are no rounds.
+
+    Args:
+        replayed: attempts already journalled in this iteration; they are not drawn again and not yielded.
+    """
+    examples = scheme.n_examples(iteration)
+    by_id = {question.id: question for question in questions}
+    past: dict[str, list[Rationale]] = {}
+    for rationale in replayed:
+        past.setdefault(rationale.question_id, []).append(rationale)
+
+    def request(question: Question, attempt: int) -> Request:
+        return Request(
+            key=(question.id, attempt),
+            prompt_ids=prompts.ids(question, scheme.tries[attempt - 1], examples),
+            params=scheme.params,
+            seed=draw_seed(seed, iteration, question.id, attempt),
+            stop=(lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)) if scheme.stop_at_answer else None,
+        )
+
+    queue: deque[Request] = deque()
+    for question in questions:
+        attempts = past.setdefault(question.id, [])
+        if not is_settled(attempts, scheme):
+            queue.append(request(question, len(attempts) + 1))
+    for completion in engine.generate(queue):
+        key: Any = completion.request.key
+        question_id, attempt = key
+        question = by_id[question_id]
+        rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
+        past[question_id].append(rationale)
+        if not is_settled(past[question_id], scheme):
+            queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V
+        yield rationale
+
+
+def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:
+    """Whether a question needs no further draw: enough were accepted, it cannot be run, or its tries are used up."""
+    if not attempts:
+        return False
+    last = max(attempts, key=lambda rationale: rationale.attempt)
+    texts = [a.text for a in attempts if a.accepted]
+    return (
+        len(set(texts) if scheme.distinct else texts) >= scheme.keep
+        or last.finish_reason == "error"
+        or last.attempt >= scheme.n_tries(last.iteration)
+    )
+
+
+def judge(
+    completion: Completion, question: Question, scheme: Scheme, tokenizer: PreTrainedTokenizerBase, iteration: int, attempt: int
+) -> Rationale:
+    """r(ŷ, y*): extract the answer of a completion and accept it if the scheme's reward does and it was not truncated."""
+    text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
+    answer = extract(text, question)
+    whole = completion.finish_reason in ("stop", "answer")
+    accepted = whole and pkgutil.resolve_name(scheme.reward)(text, answer, question) and not (scheme.reject_trivial and is_trivial(text))
+    return Rationale(
+        question_id=question.id,
+        iteration=iteration,
+        attempt=attempt,
+        proposal=scheme.tries[attempt - 1],
+        text=text,
+        answer=answer,
+        accepted=accepted,
+        n_tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        logprob=round(completion.logprob, 6),
+        token_ids=completion.token_ids,
+    )
+
+
+def training_ids(rationale: Rationale, eos_token_id: int) -> tuple[int, ...]:
+    """The supervised tokens: exactly those sampled, and EOS where the completion was ended at its answer line.
+
+    Not where the weight is negative: that EOS was never sampled, and a model must not unlearn to end.
+    """
+    return rationale.token_ids + ((eos_token_id,) if rationale.finish_reason == "answer" and rationale.weight > 0 else ())

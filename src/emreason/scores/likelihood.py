@@ -1,0 +1,162 @@
+"""Likelihoods by scoring passes: log π of given completions, and the K-sample bound on the marginal likelihood log π(y*|x)."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from emreason.engines.drawing import draw_seed
+from emreason.engines.inprocess import evaluating
+from emreason.models.batches import Example, bucket, collate
+from emreason.progress import Bar
+from emreason.questions.answers import answer_line_complete, statement_start
+from emreason.questions.prompts import ANSWER_CUE, Prompts
+from emreason.scores.scoring import mean, token_logprobs
+from emreason.types import Engine, Question, Request, SamplingParams
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt ids, completion ids."""
+
+BOUND = -2
+"""Stands for the iteration in the seeds of the bound's draws: the same draws' seeds each time, so that changes are the model's."""
+
+
+class Scorer(Protocol):
+    """log π(completion | prompt) of each pair, nats, where tokens are drawn from softmax(logits / temperature)."""
+
+    def __call__(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[float]: ...
+
+
+@torch.no_grad()
+def completion_logprobs(model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0, tokens_per_batch: int = 4096) -> list[float]:
+    """A `Scorer` when bound to a model: one batched forward pass, no dropout, the model's own precision."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    rows = [Example(str(i), *pairs[i]) for i in order]
+    found = [0.0] * len(pairs)
+    with evaluating(model):
+        for examples in bucket(rows, tokens_per_batch):
+            batch = collate(examples, [1.0] * len(examples), pad_id=0).to(device)
+            logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, temperature=temperature).double()
+            sums = torch.zeros(len(examples), dtype=torch.float64, device=device).index_add(0, batch.row_of_token, logprobs)
+            for example, value in zip(examples, sums.tolist(), strict=True):
+                found[int(example.question_id)] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One question's estimate of log π(y*|x), nats. `error`: its Monte Carlo standard error (delta method), None at K = 1."""
+
+    question_id: str
+    value: float
+    error: float | None
+    answered: float
+    """Share of the draws that stated an answer of their own."""
+
+
+def marginal_bounds(
+    questions: Sequence[Question],
+    engine: Engine,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Scorer,
+    *,
+    k: int,
+    max_new_tokens: int,
+    seed: int,
+    n_examples: int = 0,
+    bar: Bar | None = None,
+) -> list[Bound]:
+    """log 1/K Σₖ π(y*|x, zₖ), zₖ ~ π(z|x), per question, in the order given.
+
+    By Jensen's inequality its expectation is at most log π(y*|x), and it rises to it with K (Burda et al. 2016, Thm 1): a bound in the
+    mean, not draw by draw. zₖ is the text before a draw's answer statement, the whole text where there is none; then the answer line is
+    forced, so the figure is finite and that of the model that always answers: not knowing the format does not enter. π(y*|x, z) is the
+    probability that the line says y* and ends, with a newline or the text; other wordings of y* count as misses.
+    """
+    by_id = {question.id: question for question in questions}
+    params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
+
+    def stop(question: Question) -> Any:
+        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
+
+    queue = deque(
+        Request((q.id, i), prompts.ids(q, "question", n_examples), params, draw_seed(seed, BOUND, q.id, i), stop(q))
+        for q in questions
+        for i in range(k)
+    )
+    pairs: dict[tuple[str, int], list[Pair]] = {}
+    answered = dict.fromkeys(by_id, 0)
+    for completion in engine.generate(queue):
+        key: Any = completion.request.key
+        question_id, draw = key
+        z, stated = rationale_ids(completion.token_ids, tokenizer)
+        answered[question_id] += stated
+        context = (*completion.request.prompt_ids, *z, *cue_ids(z, tokenizer))
+        pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer)]
+        if bar is not None:
+            bar.update(int(draw == k - 1), len(completion.token_ids))
+    keys = [(q.id, i) for q in questions for i in range(k)]
+    logs = iter(score([pair for key in keys for pair in pairs[key]]))
+    return [_bound(q.id, [_logsumexp([next(logs) for _ in pairs[q.id, i]]) for i in range(k)], answered[q.id] / k) for q in questions]
+
+
+def rationale_ids(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], bool]:
+    """The sampled ids that lie before the last answer statement (all but special ones where there is none), and whether there is one."""
+    special = set(tokenizer.all_special_ids)
+    ids = tuple(i for i in token_ids if i not in special)
+    start = statement_start(str(tokenizer.decode(list(ids))))
+    if start is None:
+        return ids, False
+    n = len(ids)
+    while n and len(str(tokenizer.decode(list(ids[:n])))) > start:
+        n -= 1
+    return ids[:n], True
+
+
+def cue_ids(z: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of the cue `Answer:` on a line of its own after `z`."""
+    on_new_line = not z or str(tokenizer.decode(list(z))).endswith("\n")
+    return tuple(tokenizer.encode(ANSWER_CUE.lstrip("\n") if on_new_line else ANSWER_CUE, add_special_tokens=False))
+
+
+def endings(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """What may follow the cue when y* is said: the answer and a newline, the answer and the end of the text."""
+    said = tuple(tokenizer.encode(f" {question.answer}", add_special_tokens=False))
+    return [tuple(tokenizer.encode(f" {question.answer}\n", add_special_tokens=False)), (*said, tokenizer.eos_token_id)]
+
+
+def summarize(bounds: Sequence[Bound]) -> dict[str, float | None]:
+    """The mean over questions, its standard error over questions (their spread and the draws'), and the draws' share of it alone."""
+    n = len(bounds)
+    center = sum(b.value for b in bounds) / n
+    spread = math.sqrt(sum((b.value - center) ** 2 for b in bounds) / (n - 1) / n) if n > 1 else None
+    errors = [b.error for b in bounds if b.error is not None]
+    return {
+        "log_marginal": center,
+        "log_marginal_se": spread,
+        "log_marginal_mc_se": math.sqrt(sum(e * e for e in errors)) / n if len(errors) == n else None,
+        "log_marginal_answered": mean(b.answered for b in bounds),
+    }
+
+
+def _logsumexp(values: Sequence[float]) -> float:
+    top = max(values)
+    return top if top == -math.inf else top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def _bound(question_id: str, logs: Sequence[float], answered: float) -> Bound:
+    k, total = len(logs), _logsumexp(logs)
+    if k == 1 or total == -math.inf:
+        return Bound(question_id, total - math.log(k), None, answered)
+    shares = [k * math.exp(v - total) for v in logs]  # πₖ / mean
+    variance = sum((s - 1) ** 2 for s in shares) / (k - 1)
+    return Bound(question_id, total - math.log(k), math.sqrt(variance / k), answered)

@@ -1,0 +1,85 @@
+"""The costly diagnostics, on request by `evaluation.diagnostics`: faithfulness of rationales, KL per token from the base model."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from emreason.engines.drawing import draw_seed
+from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.prompts import Prompts
+from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
+from emreason.scores.scoring import FORCED_TOKENS
+from emreason.types import Engine, Question, Rationale, Request, SamplingParams
+
+DIVERGENCE = -4
+"""Stands for the iteration in the seeds of the KL's draws: the same draws' seeds each time, so that changes are the model's."""
+
+
+def faithful(
+    rationales: Sequence[Rationale], questions: Mapping[str, Question], engine: Engine, prompts: Prompts, tokenizer: PreTrainedTokenizerBase
+) -> list[bool]:
+    """Whether the model, shown the plain question and a rationale without its answer statement, gives the answer that was stated.
+
+    Greedy, after the cue `Answer:`. "11 + 9 = 19. Answer: 20" is not faithful where the model goes on to say 19: the answer came from the
+    hint. Rationales without an answer, or with no room left in the context, are left out.
+    """
+    params = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
+    queue: deque[Request] = deque()
+    for i, r in enumerate(rationales):
+        if r.answer is not None:
+            z = rationale_ids(r.token_ids, tokenizer)[0]
+            context = (*prompts.ids(questions[r.question_id]), *z, *cue_ids(z, tokenizer))
+            queue.append(Request(i, context, params, stop=lambda _: True))
+    agree = []
+    for completion in engine.generate(queue):
+        key: Any = completion.request.key
+        stated = replace(questions[rationales[key].question_id], answer=str(rationales[key].answer), verify=None)
+        line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
+        if completion.finish_reason != "error":
+            agree.append(correct(extract(f"Answer: {line}", stated), stated))
+    return agree
+
+
+Ratio = tuple[str, float, int]
+"""Question id, log π(z, y|x) − log π_base(z, y|x) in nats of one draw from π, and its number of tokens."""
+
+
+def log_ratios(
+    questions: Sequence[Question],
+    engine: Engine,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Scorer,
+    score_base: Scorer,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Ratio]:
+    """One draw per question from the plain prompt at temperature 1, scored under both weights; errors are left out."""
+    by_id = {q.id: q for q in questions}
+
+    def stop(question: Question) -> Any:
+        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
+
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    queue = deque(Request(q.id, prompts.ids(q), params, draw_seed(seed, DIVERGENCE, q.id, 0), stop(q)) for q in questions)
+    drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
+    pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
+    both = zip(drawn, score(pairs), score_base(pairs), strict=True)
+    return [(i, ours - base, len(drawn[i])) for i, ours, base in both]
+
+
+def kl_per_token(ratios: Sequence[Ratio]) -> dict[str, float | None]:
+    """KL(π ‖ π_base) of whole completions over their mean length, nats per token, with its standard error over questions (delta method)."""
+    n, tokens = len(ratios), sum(length for *_, length in ratios)
+    if not tokens:
+        return {"kl_per_token": None, "kl_per_token_se": None}
+    rate = sum(value for _, value, _ in ratios) / tokens
+    squares = sum((value - rate * length) ** 2 for _, value, length in ratios)
+    return {"kl_per_token": rate, "kl_per_token_se": math.sqrt(squares * n / (n - 1)) / tokens if n > 1 else None}

@@ -1,0 +1,203 @@
+"""Scoring: accuracy by greedy generation, with and without a forced answer line; log-probabilities of given tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from emreason.models.families import base_causal_lm
+from emreason.models.packed import can_pack_rows, packed_states
+from emreason.progress import Bar
+from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.prompts import Prompts
+from emreason.scores.stats import wilson
+from emreason.types import Completion, Engine, Question, Request, SamplingParams
+
+FORCED_TOKENS = 8
+"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few for more reasoning."""
+
+MIN_SHARED = 8
+"""Shortest common prefix of a batch that is worth a forward of its own."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The greedy completion of one question, its answer, and the answer when the answer line is forced."""
+
+    question_id: str
+    question: str
+    gold: str
+    text: str
+    answer: str | None
+    correct: bool
+    forced_answer: str | None
+    forced_correct: bool
+    n_tokens: int
+    finish_reason: str
+
+
+def predict(
+    questions: Sequence[Question],
+    engine: Engine,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    n_examples: int = 0,
+    forced: bool = True,
+    bar: Bar | None = None,
+) -> list[Prediction]:
+    """Answer `questions` greedily under the plain prompt; in the order given.
+
+    Where a completion ends without a well-formed answer and `forced`, the cue `Answer:` is appended to what was generated and the answer
+    decoded, so that not knowing the format and not knowing the answer can be told apart.
+    """
+    by_id = {question.id: question for question in questions}
+    params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
+
+    def stop(question: Question) -> Any:
+        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
+
+    queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop(q)) for q in questions)
+    drawn: dict[str, Completion] = {}
+    hits = 0
+    for completion in engine.generate(queue):
+        question = by_id[str(completion.request.key)]
+        drawn[question.id] = completion
+        if bar is not None:
+            hits += correct(extract(_text(tokenizer, completion.token_ids), question), question)
+            bar.update(1, len(completion.token_ids), f"correct {hits / len(drawn):.0%}")
+
+    answers = {key: extract(_text(tokenizer, c.token_ids), by_id[key]) for key, c in drawn.items()}
+    forced_answers = dict(answers)
+    if forced:
+        eos = set(tokenizer.all_special_ids)
+        cue = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
+        queue = deque()
+        for key, completion in drawn.items():
+            if answers[key] is None and completion.finish_reason != "error":
+                said = tuple(i for i in completion.token_ids if i not in eos)
+                queue.append(Request(key, (*completion.request.prompt_ids, *said, *prompts.answer_cue_ids), cue, stop=lambda _: True))
+        for completion in engine.generate(queue):
+            key = str(completion.request.key)
+            line = _text(tokenizer, completion.token_ids).strip().split("\n")[0]
+            forced_answers[key] = extract(f"Answer: {line}", by_id[key])
+    return [
+        Prediction(
+            question_id=q.id,
+            question=q.text,
+            gold=q.answer,
+            text=_text(tokenizer, drawn[q.id].token_ids),
+            answer=answers[q.id],
+            correct=correct(answers[q.id], q),
+            forced_answer=forced_answers[q.id],
+            forced_correct=correct(forced_answers[q.id], q),
+            n_tokens=len(drawn[q.id].token_ids),
+            finish_reason=drawn[q.id].finish_reason,
+        )
+        for q in questions
+    ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def score(predictions: Sequence[Prediction], seconds: float, forced: bool = True) -> dict[str, Any]:
+    """SCORE of the run folder's contract: accuracy with its 95 % Wilson interval, format and length beside it. Accuracies in [0, 1]."""
+    n = len(predictions)
+    hits = sum(p.correct for p in predictions)
+    positions: dict[str, list[bool]] = {}
+    for p in predictions:
+        if len(p.gold) == 1 and p.gold.isalpha():
+            positions.setdefault(p.gold, []).append(p.correct)
+    return {
+        "accuracy": hits / n if n else 0.0,
+        "forced_accuracy": sum(p.forced_correct for p in predictions) / n if n and forced else None,
+        "n": n,
+        "ci95": list(wilson(hits, n)),
+        "extraction_rate": sum(p.answer is not None for p in predictions) / n if n else 0.0,
+        "rationale_tokens_mean": sum(p.n_tokens for p in predictions) / n if n else 0.0,
+        "errored": sum(p.finish_reason == "error" for p in predictions),
+        "accuracy_by_position": {k: {"n": len(v), "accuracy": sum(v) / len(v)} for k, v in sorted(positions.items())},
+        "seconds": seconds,
+    }
+
+
+class Stopwatch:
+    """Wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+    """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
+
+    The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
+    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with (system prompt, instruction, a
+    shared question) is computed once.
+
+    Args:
+        input_ids: [rows, length] int64, right-padded.
+        completion_mask: [rows, length] bool; the first column must be False (nothing comes before it).
+        temperature: of softmax(logits / temperature).
+
+    Returns:
+        [number of marked tokens] float32, row by row.
+    """
+    causal_lm = base_causal_lm(model)
+    decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    shared = shared_prefix(input_ids, completion_mask)
+    if shared < MIN_SHARED:
+        shared = 0
+    if can_pack_rows(causal_lm):
+        states = packed_states(causal_lm, input_ids, completion_mask, shared)
+    elif not shared or causal_lm.is_gradient_checkpointing:
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
+    else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
+        prefix = DynamicCache(config=causal_lm.config)
+        decoder(input_ids=input_ids[:1, :shared], past_key_values=prefix, use_cache=True)
+        prefix.batch_repeat_interleave(len(input_ids))
+        hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
+        states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
+    targets = input_ids[:, 1:][completion_mask[:, 1:]]
+
+    def logprobs(states: Tensor, targets: Tensor) -> Tensor:
+        logits = head(states).float()
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
+
+    if len(targets) <= chunk:
+        return logprobs(states, targets)
+    parts = []
+    for s, t in zip(states.split(chunk), targets.split(chunk), strict=True):
+        parts.append(checkpoint(logprobs, s, t, use_reentrant=False) if torch.is_grad_enabled() else logprobs(s, t))
+    return torch.cat(parts)
+
+
+def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
+    """Leading positions that hold the same tokens in all rows and come before every row's last prompt token; 0 for one row."""
+    if len(input_ids) < 2:
+        return 0
+    differs = (input_ids != input_ids[:1]).any(0) | completion_mask.any(0).roll(-1)
+    return int(differs.float().argmax())
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, or None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,207 @@
+"""Weights & Biases: one run per run folder, a row per EM iteration on an axis of its own, rationales as tables, model and journal as
+artifacts. `emreason.tracking.workspace` lays the panels out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
+
+from emreason.runs.console import console
+from emreason.runs.experiment import flatten
+from emreason.runs.journal import read_lines, write_atomic
+from emreason.runs.summary import Summary
+from emreason.types import UserError, plain
+
+COLUMNS = ["iteration", "question", "gold", "scheme", "attempt", "proposal", "text", "answer", "accepted", "tokens"]
+TEXT_LIMIT = 2000  # characters of a question or a rationale in a table
+RUN_ID = "wandb_id"  # file in the run folder: a random id, since two machines may have the same paths
+
+
+class WandbRun(Logger):
+    """Lightning's logger for the run in `folder`; begun again in the same folder it continues under the same id.
+
+    Each optimizer step is a row on the axis `optimizer_step` (`optimizer/nll`, …), each EM iteration one on the axis `iteration`
+    (`e_step/…`, `m_step/…`, `validation/…`, the table `rationales`). W&B's own step is a function of both, so that a resumed run repeats
+    rows rather than appending them.
+
+    Args:
+        group: what belongs together, e.g. the jobs of one sweep.
+        offline: keep the run on disk; None: if there is no API key.
+        artifacts: upload the journal and the exported model when the run is finished.
+
+    Raises:
+        UserError: `offline` is False and there is no API key.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        project: str,
+        group: str,
+        job_type: str,
+        entity: str | None = None,
+        offline: bool | None = None,
+        tags: list[str] | None = None,
+        artifacts: bool = True,
+    ):
+        super().__init__()
+        self.folder = Path(folder).resolve()
+        self.artifacts = artifacts
+        self.experiment: Any = None
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            config = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"), resolve=True)
+            # W&B's limits on names; a longer one is an error there
+            named = {"group": plain(group)[:128], "job_type": plain(job_type)[:64], "tags": [plain(tag)[:64] for tag in tags or []]}
+            self.experiment = _start(self.folder, offline, project=project, entity=entity, config=config, **named)
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        return run_id(self.folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is given when the run starts."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Optimizer steps; what belongs to a whole iteration is logged once, by `Iterations`."""
+        values = {k.replace("m_step/", "optimizer/"): v for k, v in metrics.items() if k.startswith("m_step/")}
+        if values and step is not None:
+            iteration = int(metrics["iteration"])
+            self.experiment.log({**values, "optimizer_step": step}, step=step + iteration)
+
+    def log_iteration(self, iteration: int, steps: int, values: dict[str, Any]) -> None:
+        """A row on the `iteration` axis, after `steps` optimizer steps of the whole run."""
+        self.experiment.log({**values, "iteration": iteration}, step=steps + iteration)
+
+    def publish(self, summary: dict[str, Any]) -> None:
+        """The test scores of the chosen iteration, the journal and the exported model; when the run is finished."""
+        steps = sum(record["m_step"]["steps"] for record in summary["iterations"])
+        done = len(summary["iterations"])
+        values = _scalars({"test": summary["test"]})
+        self.experiment.log({**values, "iteration": summary["best_iteration"]}, step=steps + done)
+        if self.artifacts:
+            self._upload("rationales")
+            self._upload("model")
+
+    def _upload(self, name: str) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{name}-{self.experiment.id}", type=name)
+        # the files stay where they are: they are in the run folder anyway, and a model is large
+        artifact.add_dir(str(self.folder / name), policy="immutable", skip_cache=True)
+        self.experiment.log_artifact(artifact)
+
+
+class Iterations(Callback):
+    """Sends every iteration's record and up to `rows` of its rationales, accepted and rejected, to W&B if that is the logger.
+
+    Runs after the `Recorder`, whose record it sends.
+    """
+
+    def __init__(self, summary: Summary, folder: Path, scheme: str, rows: int):
+        self.summary = summary
+        self.folder = folder
+        self.scheme = scheme
+        self.rows = rows
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        for logger in wandb_runs(trainer):
+            logger.experiment.summary.update(_scalars({"baseline": self.summary.values["baseline"]}))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        for logger in wandb_runs(trainer):
+            import wandb
+
+            records = self.summary.values["iterations"]
+            record = {k: v for k, v in records[-1].items() if k != "iteration"}
+            e_step = record["e_step"]
+            values: dict[str, Any] = {**_scalars(record)}
+            if e_step["accepted"]:
+                values["e_step/tokens_per_accepted"] = e_step["tokens"] / e_step["accepted"]
+            iteration = records[-1]["iteration"]
+            if self.rows:
+                values["rationales"] = wandb.Table(columns=list(COLUMNS), data=self._table(iteration), allow_mixed_types=True)
+            logger.log_iteration(iteration, sum(r["m_step"]["steps"] for r in records), values)
+
+    def _table(self, iteration: int) -> list[list[Any]]:
+        lines = read_lines(self.folder / "rationales" / f"iteration={iteration:03d}.jsonl")
+        # spread over the file rather than its head: it is ordered by question
+        chosen = lines[:: max(1, -(-len(lines) // self.rows))]
+        keys = ["iteration", "question", "gold", "scheme", "attempt", "proposal", "text", "answer", "accepted", "n_tokens"]
+        return [[_cut({**line, "scheme": self.scheme}[key]) for key in keys] for line in chosen]
+
+
+def wandb_runs(trainer: L.Trainer) -> list[WandbRun]:
+    """The trainer's W&B logger, on rank 0."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbRun)] if trainer.is_global_zero else []
+
+
+def run_id(folder: Path) -> str:
+    """The W&B id of the run in `folder`, made when first asked for."""
+    path = folder / RUN_ID
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+def finish(status: str) -> None:
+    """Close the current W&B run, if any, so that the next job of a sweep gets one of its own; not `finished` shows as failed."""
+    if "wandb" in sys.modules:
+        wandb = sys.modules["wandb"]
+        if wandb.run is not None:
+            wandb.run.summary["status"] = status
+            wandb.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _start(folder: Path, offline: bool | None, **about: Any) -> Any:
+    import wandb
+
+    given = os.environ.get("WANDB_MODE", "online") != "online"  # the environment decides where the config does not
+    keyless = not given and not wandb.login(prompt=False, verify=False)
+    if offline is False and keyless:
+        raise UserError("logger.offline=false needs an API key: run `wandb login`, set WANDB_API_KEY, or leave logger.offline=null.")
+    if offline is None:
+        offline = keyless or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    run = wandb.init(
+        id=run_id(folder),
+        name="/".join(folder.parts[-4:]),
+        dir=str(folder),
+        mode="offline" if offline else None,
+        resume=None if offline else "allow",  # offline, files under one id are joined when they are synced
+        settings=wandb.Settings(silent=offline),
+        **about,
+    )
+    for axis, names in {"iteration": ("e_step", "m_step", "validation", "test"), "optimizer_step": ("optimizer",)}.items():
+        run.define_metric(axis, hidden=True)
+        for name in names:
+            run.define_metric(f"{name}/*", step_metric=axis)
+    run.define_metric("rationales", step_metric="iteration")
+    if offline:
+        console().print(f"W&B is offline; later: wandb sync {folder}/wandb/offline-run-*", highlight=False, soft_wrap=True)
+    return run
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Nested records as `e_step/tokens`, `validation/ci95/low`, …; what is not a number is left out."""
+    tree = {part: {k: dict(zip(("low", "high"), v, strict=True)) if k == "ci95" else v for k, v in (values or {}).items()}
+            for part, values in record.items()}  # fmt: skip
+    flat = {key.replace(".", "/"): value for key, value in flatten(tree).items()}
+    return {key: value for key, value in flat.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def _cut(value: Any) -> Any:
+    return value[:TEXT_LIMIT] + " […]" if isinstance(value, str) and len(value) > TEXT_LIMIT else value

@@ -1,0 +1,572 @@
+"""The report over run folders in every state they are left in. Run folders are written by `write_run`, not by training."""
+
+import base64
+import csv
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from emreason.report import main
+from emreason.reports.comparison import compare
+from emreason.reports.difficulty import acceptance_by_difficulty
+from emreason.reports.figures import _plots, palette
+from emreason.reports.page import IN_ALL, PER_GROUP, sample_rationales
+from emreason.reports.reading import collect, differing_keys
+from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, thousands
+from emreason.reports.writing import print_runs, write_report
+from emreason.scores import stats
+from emreason.types import UserError
+
+PROPOSALS = {"rs": ["question"] * 4, "star": ["question", "rationalization"], "pps": ["rationalization"]}
+NAMES = {"rs": "RS-4", "star": "STaR", "pps": "PPS"}
+FINAL = {"rs": 0.92, "star": 0.90, "pps": 0.50}
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> [bold]x[/bold] a|b $x$ `c`\nAnswer: 7"
+
+
+def score(accuracy: float, n: int = 100) -> dict:
+    low, high = stats.wilson(round(accuracy * n), n)
+    return {
+        "accuracy": round(accuracy * n) / n,
+        "forced_accuracy": min(1.0, accuracy + 0.02),
+        "n": n,
+        "ci95": [low, high],
+        "extraction_rate": 0.97,
+        "rationale_tokens_mean": 21.5,
+        "seconds": 3.0,
+    }
+
+
+def write_run(
+    folder: Path,
+    sampler: str = "rs",
+    seed: int = 1,
+    iterations: int = 4,
+    status: str = "finished",
+    text: str = "4 + 9 = 13, and 13 + 2 = 15.\nAnswer: 15",
+    questions: int = 40,
+    predictions: bool = True,
+    config: str = "",
+    **keys: object,
+) -> Path:
+    """A run folder as train() leaves it: a learning curve towards `FINAL`, harder questions accepted later."""
+    draw = random.Random(f"{sampler}{seed}")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"seed: {seed}\nsampler:\n  name: {sampler}\n  budget: {len(PROPOSALS[sampler])}\ndir: {folder}\noptimizer:\n  lr: 1e-4\n{config}"
+    )
+    (folder / ".hydra").mkdir()
+    rows, final = [], FINAL[sampler]
+    (folder / "rationales").mkdir()
+    for k in range(iterations):
+        skill = final * (1 - 0.55 ** (k + 1)) + draw.uniform(-0.03, 0.03)
+        accepted = attempts = 0
+        with (folder / f"rationales/iteration={k:03d}.jsonl").open("w") as lines:
+            for q in range(questions):
+                for attempt, proposal in enumerate(PROPOSALS[sampler], 1):
+                    chance = min(1.0, skill * 1.6 * (1 - q / questions)) if proposal == "question" else 0.6
+                    ok = draw.random() < chance
+                    row = {"question_id": f"q{q}", "iteration": k, "attempt": attempt, "proposal": proposal, "text": text, "answer": "15"}
+                    row |= {"accepted": ok, "n_tokens": 20, "finish_reason": "answer", "logprob": -9.5, "token_ids": [1, 2], "gold": "15"}
+                    lines.write(json.dumps(row | {"question": "4 + 9 + 2 = ?"}) + "\n")
+                    attempts += 1
+                    if ok:
+                        accepted += 1
+                        break
+        e_step = {
+            "questions": questions,
+            "accepted": accepted,
+            "attempts": attempts,
+            "acceptance_rate": accepted / questions,
+            "seconds": 14.0,
+        }
+        e_step |= {
+            "chance_acceptance": 0.02 * len(PROPOSALS[sampler]),
+            "tokens": 22 * attempts,
+            "rationale_tokens_mean": 24.0 - k + draw.random(),
+        }
+        m_step = {"nll": 0.5, "steps": 12, "tokens": 900, "seconds": 8.0}
+        rows.append({"iteration": k, "e_step": e_step, "m_step": m_step, "validation": score(skill)})
+    if predictions and status == "finished":
+        (folder / "predictions").mkdir()
+        right = set(draw.sample(range(100), round(final * 100) - seed))
+        lines = [
+            {"question_id": f"t{q}", "gold": "15", "answer": "15", "correct": q in right, "forced_correct": q in right} for q in range(100)
+        ]
+        (folder / "predictions/test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [line | {"correct": n < 8} for n, line in enumerate(lines)]
+        (folder / "predictions/baseline_few_shot_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"dataset": "sums", "model": "smollm2_135m", "sampler": sampler, "scheme": NAMES[sampler], "seed": seed, "status": status}
+    summary |= {
+        "baseline": {"zero_shot": score(0.0), "few_shot": score(0.08), "validation": score(0.01)},
+        "iterations": rows,
+        "seconds": 95.0,
+    }
+    summary |= {
+        "test": score(final - seed / 100) if status == "finished" else None,
+        "peak_memory_bytes": 2**31,
+        "versions": {},
+        "git_commit": "abc",
+    }
+    (folder / "summary.json").write_text(json.dumps(summary | keys))
+    return folder
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """Three schemes × three seeds, all finished."""
+    for sampler in NAMES:
+        for seed in (1, 2, 3):
+            write_run(tmp_path / "outputs" / sampler / f"seed={seed}", sampler, seed)
+    return tmp_path / "outputs"
+
+
+def printed(runs, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_runs(runs, console)
+    return console.file.getvalue()
+
+
+def test_the_command_writes_tables_figures_and_page(grid, capsys):
+    main([str(grid)])
+    out = grid / "report"
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    figures = [
+        "accuracy_per_iteration",
+        "accuracy_per_token",
+        "accuracy_per_second",
+        "acceptance",
+        "rationale_length",
+        "acceptance_by_difficulty",
+    ]
+    assert names == {"table.md", "table.csv", "table.tex", "pairs.csv", "runs.csv", "report.html"} | {
+        f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")
+    }
+    assert str(out / "report.html") in capsys.readouterr().out
+
+
+def test_where_all_are_equal_none_is_the_best(tmp_path):
+    for sampler in NAMES:
+        write_run(tmp_path / sampler, sampler, test=score(0.0), baseline={"zero_shot": score(0.0)})
+    cells = compare(collect([tmp_path])).cells
+    assert len(cells) == len(NAMES) + 1
+    assert not any(cell.best or cell.p_vs_best for cell in cells)
+
+
+def test_mean_interval_bold_and_significance(grid):
+    comparison = compare(collect([grid]))
+    cells = {cell.scheme: cell for cell in comparison.cells}
+    mean, half = stats.mean_interval([0.91, 0.90, 0.89])
+    assert (cells["RS-4"].accuracy, cells["RS-4"].high) == pytest.approx((mean, mean + half))
+    assert [s for s, cell in cells.items() if cell.best] == ["RS-4"]
+    assert cells["few-shot baseline"].accuracy == 0.08
+    assert cells["few-shot baseline"].seeds == 3  # nine runs, three seeds, but one base model: no spread to speak of
+    assert cells["few-shot baseline"].interval == "wilson"
+    assert cells["PPS"].p_vs_best < 0.01
+    assert cells["STaR"].p_vs_best > 0.05
+    assert cells["few-shot baseline"].p_vs_best < 0.01
+    assert cells["zero-shot baseline"].p_vs_best is None  # not tested
+    assert {(p.first, p.second) for p in comparison.pairs} == {("RS-4", "STaR"), ("RS-4", "PPS"), ("STaR", "PPS")} | {
+        (scheme, "few-shot baseline") for scheme in ("RS-4", "STaR", "PPS")
+    }
+    assert {pair.test for pair in comparison.pairs} == {"paired bootstrap"}
+    assert comparison.notes == []
+    main([str(grid), "--out", str(grid / "r")])
+    table = (grid / "r/table.md").read_text()
+    assert "**90.0 ± 2.5 (3)**" in table
+    assert "48.0 ± 2.5 (3)†" in table
+    rows = list(csv.DictReader((grid / "r/table.csv").open()))
+    assert [(r["scheme"], r["seeds"]) for r in rows] == [
+        (s, "3") for s in ("zero-shot baseline", "few-shot baseline", "RS-4", "STaR", "PPS")
+    ]
+
+
+def test_one_seed_compares_models_with_their_baseline_and_not_schemes(tmp_path):
+    runs = collect([write_run(tmp_path / s, s) for s in NAMES])
+    comparison = compare(runs)
+    cell = next(cell for cell in comparison.cells if cell.scheme == "PPS")
+    assert (cell.low, cell.high) == pytest.approx(stats.wilson(49, 100))
+    assert cell.interval == "wilson"
+    assert [(p.first, p.second, p.test) for p in comparison.pairs] == [(s, "few-shot baseline", "exact McNemar") for s in NAMES.values()]
+    raw = [pair.difference.p for pair in comparison.pairs]
+    assert [pair.p_holm for pair in comparison.pairs] == pytest.approx(stats.holm(raw))
+    assert not any(cell.best or cell.p_vs_best for cell in comparison.cells)
+    (note,) = comparison.notes
+    assert note.startswith("One seed of RS-4, STaR, PPS on sums with smollm2_135m: it compares trained models, not schemes")
+    write_report(runs, tmp_path / "r")
+    table = (tmp_path / "r/table.md").read_text()
+    first = table[: table.index("Paired comparisons")]
+    assert "†" not in first.replace(caption(), "")
+    assert "**" not in first.replace(caption(), "").split("|", 1)[1]
+    assert "compares trained models, not schemes" in table
+    assert "compares trained models, not schemes" in printed(runs)
+
+
+def test_a_scheme_with_one_seed_beside_others_with_more_takes_the_bold_away(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"rs{seed}", "rs", seed)
+    write_run(tmp_path / "pps1", "pps", 1)
+    comparison = compare(collect([tmp_path]))
+    assert not any(cell.best for cell in comparison.cells)
+    assert {(p.first, p.second) for p in comparison.pairs} == {("RS-4", "few-shot baseline"), ("PPS", "few-shot baseline")}
+    assert any(note.startswith("One seed of PPS on sums") for note in comparison.notes)
+
+
+def test_what_does_not_count_is_named_and_not_averaged(grid):
+    write_run(grid / "rs/seed=4", "rs", 4, iterations=2, status="running")
+    write_run(grid / "star/seed=4", "star", 4, iterations=1, status="failed", error="no rationale was accepted in iteration 1.")
+    (grid / "torn").mkdir()
+    (grid / "torn/summary.json").write_text('{"dataset": "sums", "mod')
+    (grid / "foreign").mkdir()
+    (grid / "foreign/summary.json").write_text("[1, 2]")
+    killed = grid / "killed"
+    (killed / ".hydra").mkdir(parents=True)
+    (killed / "config.yaml").write_text("seed: 9\n")
+    shutil.copytree(grid / "rs/seed=1", grid / "copy")
+    runs = collect([grid])
+    comparison = compare(runs)
+    notes = "\n".join(comparison.notes)
+    for expected in [
+        "RS-4 on sums with smollm2_135m, seed 4",
+        "not finished, 2 iterations done (still running, or killed)",
+        "failed, 1 iteration done: no rationale was accepted in iteration 1.",
+        "torn: summary.json cannot be read",
+        "foreign: summary.json cannot be read",
+        "killed: no summary.json",
+        "seed=1 repeats",
+        "Missing: PPS on sums with smollm2_135m has no run for seed 4.",
+    ]:
+        assert expected in notes
+    assert "Traceback" not in notes
+    assert {cell.scheme: cell.seeds for cell in comparison.cells if not cell.baseline} == {"RS-4": 3, "STaR": 3, "PPS": 3}
+    write_report(runs, grid / "r")
+    for name in ("table.md", "report.html", "table.tex"):
+        assert "no rationale was accepted" in (grid / "r" / name).read_text()
+    assert "still running" in printed(runs)
+
+
+def test_only_unfinished_runs(tmp_path):
+    write_run(tmp_path / "a", iterations=0, status="running", baseline={"zero_shot": None, "few_shot": None})
+    write_run(tmp_path / "b", "pps", iterations=1, status="interrupted")
+    runs = collect([tmp_path])
+    write_report(runs, tmp_path / "r")
+    assert "0 of 2 run folders counted" in (tmp_path / "r/report.html").read_text()
+    assert "interrupted, 1 iteration done" in printed(runs)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/summary.json").write_text("")
+    only_torn = collect([tmp_path / "c"])
+    write_report(only_torn, tmp_path / "r2")
+    assert "cannot be read" in (tmp_path / "r2/table.md").read_text()
+
+
+def test_nulls_and_absent_parts(tmp_path):
+    folder = write_run(tmp_path / "a", predictions=False)
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["scheme"]
+    summary["baseline"] = {"zero_shot": summary["baseline"]["zero_shot"], "few_shot": None}
+    for row in summary["iterations"]:
+        row["validation"] = None
+        row["e_step"] |= {"chance_acceptance": None, "rationale_tokens_mean": None, "errored": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    shutil.rmtree(folder / "rationales")
+    (folder / "config.yaml").unlink()
+    runs = collect([folder / "summary.json"])
+    assert runs[0].label == "rs"
+    assert write_report(runs, tmp_path / "r")
+    assert printed(runs)
+
+
+def test_accuracy_out_of_range_is_named(tmp_path):
+    write_run(tmp_path / "a", test={"accuracy": 91, "n": 100})
+    assert "accuracy 91.0 is not in [0, 1]" in collect([tmp_path])[0].problem
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "path", ["seed", "status", "baseline", "test", "test.n", "test.ci95", "iterations", "iterations.0", "iterations.0.e_step.tokens"]
+)
+def test_a_spoilt_summary_is_at_worst_named(tmp_path, path, value):
+    folder = write_run(tmp_path / "a", iterations=1, questions=2)
+    summary = json.loads((folder / "summary.json").read_text())
+    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    inner = summary
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "RS-4" in printed(runs := collect([tmp_path])) or runs[0].problem.startswith("summary.json cannot be read")
+
+
+def test_different_configs_are_not_averaged_as_seeds(tmp_path):
+    write_run(tmp_path / "a/seed=1", seed=1)
+    write_run(tmp_path / "a/seed=2", seed=2)
+    write_run(tmp_path / "b/seed=1", seed=1, config="tag: hot\n")
+    runs = collect([tmp_path])
+    assert {run.label for run in runs} == {"RS-4 · tag=—", "RS-4 · tag=hot"}
+    assert {cell.scheme: cell.seeds for cell in compare(runs).cells if not cell.baseline} == {"RS-4 · tag=—": 2, "RS-4 · tag=hot": 1}
+    assert list(differing_keys(runs)) == ["tag"]  # seeds and folders explain nothing
+    write_run(tmp_path / "c/seed=1", seed=1, config="trainer:\n  a_long_key_that_nobody_reads: with a long value\n")
+    assert {run.label for run in collect([tmp_path])} == {"RS-4 · config 1", "RS-4 · config 2", "RS-4 · config 3"}
+
+
+def test_seeds_are_told_from_settings_that_happen_to_equal_a_seed(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(
+            tmp_path / f"seed={seed}", seed=seed, iterations=1, config=f"dataset:\n  seed: 0\n  order_seed: {seed}\nname: rs-seed{seed}\n"
+        )
+    assert [cell.seeds for cell in compare(collect([tmp_path])).cells if not cell.baseline] == [3]
+
+
+def test_pairs_use_the_same_questions_only(tmp_path):
+    of_rs = [write_run(tmp_path / f"a{seed}", "rs", seed) for seed in (1, 2)]
+    of_pps = [write_run(tmp_path / f"b{seed}", "pps", seed) for seed in (1, 2)]
+    for b in of_pps:
+        lines = (b / "predictions/test.jsonl").read_text().splitlines()
+        other_gold = json.dumps(json.loads(lines[0]) | {"gold": "16"})  # the same id, another question
+        (b / "predictions/test.jsonl").write_text("\n".join([other_gold, *lines[1:60], '{"torn', ""]))
+    assert compare(collect(of_rs + of_pps)).pairs[0].difference.questions == 59
+    for b in of_pps:
+        (b / "predictions/test.jsonl").unlink()
+    comparison = compare(collect(of_rs + of_pps))
+    assert [(p.first, p.second) for p in comparison.pairs] == [("RS-4", "few-shot baseline")]
+    assert any("No paired test: PPS" in note for note in comparison.notes)
+
+
+def test_several_datasets_and_models(tmp_path):
+    for dataset in ("arc_challenge", "mmlu"):
+        for model in ("qwen", "llama"):
+            for sampler in ("rs", "pps"):
+                if (dataset, model, sampler) != ("mmlu", "qwen", "pps"):
+                    write_run(tmp_path / dataset / model / sampler, sampler, iterations=1, dataset=dataset, model=model)
+    runs = collect([tmp_path])
+    comparison = compare(runs)
+    assert "Missing: no run of PPS on mmlu with qwen." in comparison.notes
+    write_report(runs, tmp_path / "r")
+    table = (tmp_path / "r/table.md").read_text()
+    assert "| model | scheme | arc\\_challenge | mmlu |" in table
+    assert "\\midrule" in (tmp_path / "r/table.tex").read_text()
+
+
+def test_difficulty_is_judged_by_the_other_runs(tmp_path):
+    easy_first = write_run(tmp_path / "a", "rs", iterations=1)
+    single = collect([easy_first])
+    assert acceptance_by_difficulty(single) == {}
+    write_run(tmp_path / "b", "star", iterations=1)
+    write_run(tmp_path / "c", "rs", 2, iterations=1)
+    shown = acceptance_by_difficulty(collect([tmp_path]))
+    assert shown["RS-4"][0][0] < shown["RS-4"][9][0]  # unsolved by the others: accepted less often
+    total = sum(1 for line in (easy_first / "rationales/iteration=000.jsonl").read_text().splitlines() if json.loads(line)["attempt"] == 1)
+    assert total == 40
+
+
+def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):
+    for sampler in NAMES:
+        write_run(tmp_path / sampler, sampler, iterations=1)
+    write_run(tmp_path / "own", "rs", iterations=1, scheme="mine")
+    every, few = palette(collect([tmp_path])), palette(collect([tmp_path / "pps"]))
+    assert every["PPS"] == few["PPS"]
+    assert len({colour for colour, _ in every.values()}) == len(every) == 4
+
+
+def test_validation_and_test_curves_are_not_mixed(tmp_path):
+    a, b = write_run(tmp_path / "a", iterations=1), write_run(tmp_path / "b", "pps", iterations=1)
+    for folder in (a, b):
+        assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"validation accuracy (%)"}
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["iterations"][0]["test"] = score(0.5)
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"test accuracy (%)"}
+
+
+class Visible(HTMLParser):
+    """The page as a browser reads it: scripts, images and the text of <pre>."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts, self.images, self.pre, self.inside = 0, [], [], False
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.inside = tag == "pre"
+        if tag == "pre":
+            self.pre.append("")
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "pre"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.pre[-1] += data
+
+
+def test_untrusted_text_stays_text(tmp_path):
+    write_run(tmp_path / "a", text=EVIL, model="<b>m_1</b>|$", tag="[red]x[/red]")
+    write_run(tmp_path / "b", "pps", text="\ud83d lone", model="<b>m_1</b>|$", status="failed", error="bad [/red] \x1b[31m & <i>")
+    runs = collect([tmp_path])
+    write_report(runs, tmp_path / "r")
+    page = (tmp_path / "r/report.html").read_text()
+    seen = Visible()
+    seen.feed(page)
+    assert seen.scripts == 1
+    assert EVIL in seen.pre
+    assert all(src.startswith("data:image/png;base64,") for src in seen.images)
+    assert base64.b64decode(seen.images[0].split(",")[1]).startswith(b"\x89PNG")
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page)
+    assert "<b>m_1" not in page
+    assert r"&lt;b&gt;m\_1&lt;/b&gt;\|$" in (tmp_path / "r/table.md").read_text()
+    assert r"\textless{}b\textgreater{}m\_1\textless{}/b\textgreater{}|\$" in (tmp_path / "r/table.tex").read_text()
+    terminal = printed(runs)
+    assert "<b>m_1</b>|$" in terminal
+    assert "\x1b[31m" not in terminal
+    assert "bad [/red]" in " ".join(terminal.split())  # long paths wrap
+
+
+def test_escapes():
+    assert escape_latex("50% & a_b #1 {x} \\y ~^") == r"50\% \& a\_b \#1 \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}"
+    assert escape_markdown("a|b\n*c* <i>") == r"a\|b \*c\* &lt;i&gt;"
+
+
+def test_rationales_are_capped_and_balanced(grid):
+    samples = sample_rationales(collect([grid]))
+    groups: dict[tuple, int] = {}
+    for s in samples:
+        groups[s.scheme, s.iteration, s.accepted] = groups.get((s.scheme, s.iteration, s.accepted), 0) + 1
+    assert len(groups) == 3 * 4 * 2
+    assert max(groups.values()) <= PER_GROUP
+    assert len(samples) <= IN_ALL
+    questions = [(s.scheme, s.iteration, s.accepted, s.question_id) for s in samples]
+    assert len(questions) == len(set(questions))  # different questions, not one question under every seed
+    assert samples == sample_rationales(collect([grid]))
+
+
+@pytest.mark.parametrize(("path", "says"), [("nowhere", "does not exist"), (".", "no run folder")])
+def test_a_bad_path_is_one_sentence_and_exit_2(tmp_path, capsys, path, says):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    with pytest.raises(UserError):
+        collect([tmp_path / path])
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    write_run(tmp_path / "a", iterations=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "a"), "--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_folder_is_read_once(tmp_path):
+    a = write_run(tmp_path / "a", iterations=1)
+    assert len(collect([a, tmp_path, a / "summary.json"])) == 1
+
+
+def test_numbers_for_people():
+    assert [thousands(n) for n in (812, 41_234, 3_100_000)] == ["812", "41.2k", "3.1M"]
+    assert [duration(s) for s in (None, 48.2, 303, 7800)] == ["—", "48 s", "303 s", "2 h 10 min"]
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Run a headless Chromium on a page: `chromium(page, *flags)` returns its output."""
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium on the PATH")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [browser, *flags.split(), "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    def visit(page: Path, *flags: str) -> str:
+        return subprocess.run([*command, *flags, page.as_uri()], check=True, capture_output=True, timeout=120, text=True).stdout
+
+    return visit
+
+
+def test_the_page_in_a_browser(tmp_path, chromium):
+    for sampler in NAMES:
+        write_run(tmp_path / "outputs" / sampler, sampler, iterations=2, text=EVIL)
+    write_report(collect([tmp_path / "outputs"]), tmp_path / "r")
+    page, shot = tmp_path / "r/report.html", tmp_path / "shot.png"
+    chromium(page, f"--screenshot={shot}", "--window-size=1280,1600")
+    assert shot.read_bytes().startswith(b"\x89PNG")
+    assert shot.stat().st_size > 50_000  # not a blank page
+    dom = chromium(page, "--dump-dom")
+    assert "<title>emreason report</title>" in dom  # the rationale's script did not run
+    shown = re.search(r'id="count">(\d+) shown', dom)  # the page's own did
+    assert shown
+    assert int(shown[1]) == dom.count("<article")
+
+    # as a reader would: choose a scheme, an iteration and a verdict
+    choose = "".join(
+        f"""f = document.querySelector('[data-key="{key}"]'); f.value = '{value}'; f.dispatchEvent(new Event('change'));"""
+        for key, value in {"scheme": "STaR", "iteration": "1", "verdict": "rejected"}.items()
+    )
+    page.write_text(page.read_text().replace("</body>", f"<script>let f; {choose}</script></body>"))
+    articles = re.findall(r"<article [^>]*>", chromium(page, "--dump-dom"))
+    chosen = ['data-scheme="STaR" data-iteration="1" data-verdict="rejected"' in article for article in articles]
+    assert 0 < sum(chosen) < len(articles)
+    assert [' hidden=""' not in article for article in articles] == chosen
+
+
+def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):
+    """One iteration without a baseline on the validation split: every curve is one point."""
+    from emreason.reports import figures
+
+    for sampler in NAMES:
+        folder = write_run(tmp_path / sampler, sampler, iterations=1)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["baseline"]["validation"] = None
+        summary["iterations"][0]["e_step"]["tokens"] += 500
+        (folder / "summary.json").write_text(json.dumps(summary))
+    drawn = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, *rest: drawn.update({rest[1]: figure}))
+    runs = collect([tmp_path])
+    figures.draw_all(runs, compare(runs), tmp_path)
+    assert len(drawn) >= 5
+    for name, figure in drawn.items():
+        for ax in figure.axes:
+            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+            points = [point for line in ax.lines if line.get_marker() in "osD" for point in zip(*line.get_data(), strict=True)]
+            assert len(points) >= 3, name
+            assert all(left <= x <= right and bottom <= y <= top for x, y in points), name
+
+
+def test_the_page_as_a_browser_lays_it_out(tmp_path):
+    """Opened from disk: no error, no request, every figure is drawn, nothing runs out of the window."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright and a Chromium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs a Chromium")
+    for sampler in NAMES:
+        for seed in (1, 2):
+            write_run(tmp_path / f"{sampler}-{seed}", sampler, seed, text=EVIL)
+    write_report(collect([tmp_path]), tmp_path / "report")
+    problems: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+        page.goto((tmp_path / "report/report.html").as_uri())
+        assert page.title() != "owned"
+        widths = page.eval_on_selector_all("figure img", "images => images.map(image => image.naturalWidth)")
+        assert len(widths) >= 5
+        assert min(widths) > 300
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.screenshot(path=tmp_path / "report.png", full_page=True)
+        browser.close()
+    assert not problems
+    assert (tmp_path / "report.png").stat().st_size > 50_000

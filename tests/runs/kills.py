@@ -1,0 +1,209 @@
+"""Runs that are killed, and runs that are asked to stop; both modes print what came of it as JSON.
+
+    PYTHONPATH=tests python tests/runs/kills.py kill FOLDER KILLS SEED [OVERRIDE...]
+    PYTHONPATH=tests python tests/runs/kills.py stop FOLDER
+
+The package is imported once and every run is a fork, so that a kill costs the run and not the imports. A fork calls what the console
+script calls, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from test_train import SMOKE, assert_same, learned
+
+from emreason import evaluate, train
+from emreason.reports.reading import journal
+
+COMMANDS = {"emreason": train.main, "emreason-eval": evaluate.main}
+Moment = Callable[[], bool]
+
+
+def start(command: str, arguments: list[str], output: Path, paid: Path | None = None) -> int:
+    """Run a command in a fork, its output in the file `output`; returns the process id.
+
+    Args:
+        paid: a file to which the name of every attempt is added just after it is journalled.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 0
+    try:
+        with output.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if paid is not None:
+            count(paid)
+        sys.argv = [command, *arguments]
+        COMMANDS[command]()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        print(f"Traceback: {error!r}", file=sys.stderr)
+        code = 99
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def count(paid: Path) -> None:
+    append = journal.JsonLines.append
+
+    def counted(lines: journal.JsonLines, record: dict) -> None:
+        append(lines, record)
+        if "attempt" in record:  # after it is on disk: a kill between the two is an attempt in flight
+            with paid.open("a") as file:
+                file.write(json.dumps([record["iteration"], record["question_id"], record["attempt"]]) + "\n")
+
+    journal.JsonLines.append = counted  # type: ignore[method-assign]
+
+
+def stop_when(child: int, moment: Moment, number: int) -> tuple[bool, int]:
+    """Send the signal when the moment has come; whether it did, and the exit code (of a process that a signal ended: minus it)."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return False, os.waitstatus_to_exitcode(status)
+        if moment():
+            os.kill(child, number)
+            return True, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.0005)
+
+
+def size(*patterns: str, folder: Path) -> int:
+    """Bytes in the files that match; a file that is there counts at least 1."""
+    total = 0
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            try:
+                total += path.stat().st_size + 1
+            except OSError:
+                continue
+    return total
+
+
+def moments(folder: Path, rng: random.Random, seconds: float) -> tuple[str, Moment]:
+    """A random moment of a random part of the run that starts now."""
+    part = rng.choice(["any", "e-step", "m-step", "evaluation", "checkpoint", "export"])
+    began, wait = time.monotonic(), rng.uniform(0, seconds)
+    files = {
+        "e-step": ["rationales/*.jsonl"],
+        "m-step": ["metrics.jsonl"],
+        "evaluation": ["predictions/*", "summary.json"],
+        "checkpoint": ["checkpoints/.*.partial"],
+        "export": ["model.partial*", "model.partial/*"],
+    }.get(part, [])
+    before = size(*files, folder=folder)
+    more = {"e-step": rng.randint(1, 30_000), "m-step": rng.randint(1, 2500), "export": rng.randint(1, 400_000)}.get(part, 1)
+    late = rng.uniform(0, 0.2) if part == "evaluation" else rng.uniform(0, 0.003) if part == "checkpoint" else 0.0
+    seen: list[float] = []
+
+    def reached() -> bool:
+        if part == "any":
+            return time.monotonic() - began > wait
+        if not seen and size(*files, folder=folder) >= before + more:
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] >= late
+
+    return part, reached
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What was logged, step by step, without clock times; rounded, because the last digits depend on what was decoded together."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{k: round(v, 3) for k, v in line.items() if k != "time" and "seconds" not in k and v is not None} for line in lines]
+
+
+def run(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
+    """Kill runs until `kills` kills have hit, resuming each until it is done; all must end as an uninterrupted one does."""
+    rng = random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    whole = folder / "whole"
+    arguments = [*SMOKE, "trainer.max_epochs=2", *overrides]
+    _, code = stop_when(start("emreason", [*arguments, f"hydra.run.dir={whole}"], folder / "whole.log"), lambda: False, 0)
+    assert code == 0, (folder / "whole.log").read_text()
+    seconds = time.monotonic() - began
+    expected = learned(whole)
+    hit: Counter[str] = Counter()
+    runs = twice = 0
+    while hit.total() < kills:
+        name, paid = folder / f"run{runs}", folder / f"run{runs}.paid"
+        here = 0
+        while True:
+            part, moment = moments(name, rng, seconds)
+            enough = hit.total() >= kills or here >= 6
+            child = start("emreason", [*arguments, f"hydra.run.dir={name}"], folder / f"run{runs}.log", paid)
+            killed, code = stop_when(child, (lambda: False) if enough else moment, signal.SIGKILL)
+            if not killed:
+                assert code == 0, (folder / f"run{runs}.log").read_text()
+                break
+            hit[part] += 1
+            here += 1
+        assert json.loads((name / "summary.json").read_text())["status"] == "finished"
+        assert_same(learned(name), expected)
+        assert metrics(name) == metrics(whole)
+        lines = paid.read_text().splitlines()
+        twice += len(lines) - len(set(lines))
+        runs += 1
+    return {"kills": hit.total(), "survived": hit.total(), "parts": dict(hit), "runs": runs, "attempts_paid_twice": twice}
+
+
+SLURM = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SCONTROL = '#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n'
+
+
+def stop(folder: Path) -> list[dict]:
+    """Ask commands to stop in each of their parts; some are continued and must end as an uninterrupted run does."""
+    folder.mkdir(parents=True)
+    (folder / "scontrol").write_text(SCONTROL)
+    (folder / "scontrol").chmod(0o755)
+    arguments = [*SMOKE, "trainer.max_epochs=1", "m_step.epochs=40"]
+    whole = folder / "whole"
+    _, code = stop_when(start("emreason", [*arguments, f"hydra.run.dir={whole}"], folder / "whole.log"), lambda: False, 0)
+    assert code == 0, (folder / "whole.log").read_text()
+    parts = {
+        "baseline": ["summary.json"],
+        "e-step": ["rationales/*.jsonl"],
+        "m-step": ["metrics.jsonl"],
+    }
+    cases = [("baseline", signal.SIGINT), ("e-step", signal.SIGTERM), ("m-step", signal.SIGINT), ("m-step", signal.SIGUSR1)]
+    found = []
+    for part, number in cases:
+        name, log = folder / f"{part}-{number.name}", folder / f"{part}-{number.name}.log"
+        if number == signal.SIGUSR1:  # the warning of a time limit, in a job of SLURM's
+            os.environ.update(SLURM, PATH=f"{folder}:{os.environ['PATH']}")
+        child = start("emreason", [*arguments, f"hydra.run.dir={name}"], log)
+        sent, code = stop_when(child, lambda name=name, part=part: size(*parts[part], folder=name) > 1, number)
+        for key in SLURM:
+            os.environ.pop(key, None)
+        status = json.loads((name / "summary.json").read_text())["status"]
+        checkpoints = [p.name for p in name.rglob("*.ckpt")]
+        if number in (signal.SIGTERM, signal.SIGUSR1):
+            child = start("emreason", [*arguments, f"hydra.run.dir={name}"], folder / "again.log")
+            _, again = stop_when(child, lambda: False, 0)
+            assert again == 0, (folder / "again.log").read_text()
+            assert_same(learned(name), learned(whole))
+        found.append({"part": part, "sent": sent, "code": code, "said": log.read_text(), "status": status, "checkpoints": checkpoints})
+    log = folder / "evaluation.log"
+    evaluation = [f"run={whole}", "samples=500", f"hydra.run.dir={folder / 'e'}"]
+    child = start("emreason-eval", evaluation, log)
+    sent, code = stop_when(child, lambda: size("predictions/evaluation_test.jsonl", folder=whole) > 1, signal.SIGTERM)
+    found.append({"part": "emreason-eval", "sent": sent, "code": code, "said": log.read_text()})
+    return found
+
+
+if __name__ == "__main__":
+    mode, place, *rest = sys.argv[1:]
+    print(json.dumps(stop(Path(place)) if mode == "stop" else run(Path(place), int(rest[0]), int(rest[1]), rest[2:])))

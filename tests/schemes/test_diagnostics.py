@@ -1,0 +1,46 @@
+"""What accepted rationales look like."""
+
+from __future__ import annotations
+
+import pytest
+from test_weights import attempt
+
+from emreason.schemes.diagnostics import answers_first, describe, mentions_hint, reasoning
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Answer: 8\nBecause 3 + 5 is 8.\nAnswer: 8", True),
+        ("The answer is 8. First, 3 + 5 = 8.\nAnswer: 8", True),
+        ("Answer: 8", False),  # trivial: nothing follows
+        ("3 + 5 = 8.\nAnswer: 8", False),
+        ("We add both. The answer is 8.\nThat is 3 + 5.\nAnswer: 8", False),
+        ("", False),
+    ],
+)
+def test_the_answer_before_the_reasoning(text, expected):
+    assert answers_first(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("As the hint says, it is 8.\nAnswer: 8", True),
+        ("The given answer fits.\nAnswer: 8", True),
+        ("Since the answer was provided, done.\nAnswer: 8", True),
+        ("3 + 5 = 8.\nThe correct answer is 8.", False),
+        ("We are given 3 and 5.\nAnswer: 8", False),
+        ("Leaves hinder light.\nAnswer: 8", False),
+    ],
+)
+def test_the_hint_is_mentioned(text, expected):
+    assert mentions_hint(text) == expected
+
+
+def test_the_shares():
+    texts = ["3 + 5 = 8.\nAnswer: 8", "It is so.\nAnswer: 3", "It is so.\nAnswer: 4", "Answer: 5"]
+    assert reasoning(texts[1]) == "It is so."
+    shares = describe([attempt(i, text=t) for i, t in enumerate(texts)])
+    assert shares == {"trivial_rate": 0.25, "answer_first_rate": 0.0, "hint_mention_rate": 0.0, "distinct_rate": 0.75}
+    assert set(describe([]).values()) == {None}

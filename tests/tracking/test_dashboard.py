@@ -1,0 +1,206 @@
+"""W&B's offline run files read back; the other loggers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+from test_config import compose_config
+from wandb_files import read_run
+
+from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, run_id
+from emreason.tracking.workspace import SECTIONS, main
+from emreason.train import train
+from emreason.types import UserError
+
+SMOKE = ["experiment=smoke", "engine.dtype=float32", "trainer.max_epochs=2"]
+
+
+def emreason(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HOME": str(cwd), "WANDB_DATA_DIR": str(cwd / "data")}
+    command = [sys.executable, "-m", "emreason.train", *overrides, *SMOKE]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+
+
+def run_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """Two jobs without an API key, the second of which fails in its M-step; then the same command again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    job = ["-m", "logger=wandb", "tag=mine", "rationale_rows=20", "optimizer.lr=3e-3,1e38", "hydra.sweep.subdir=${hydra:job.num}"]
+    return folder, [emreason(folder, *job), emreason(folder, *job)]
+
+
+@pytest.mark.slow
+def test_without_a_key_the_run_is_offline_and_says_how_to_send_it(sweep):
+    folder, (first, _) = sweep
+    assert "error: 1 of 2 jobs failed" in first.stderr, first.stderr
+    for job in "01":
+        assert f"wandb sync {folder}/outputs/mine/{job}/wandb/offline-run-*" in first.stderr
+
+
+@pytest.mark.slow
+def test_every_job_is_a_run_of_its_own_in_the_group_of_the_sweep(sweep):
+    folder, _ = sweep
+    runs = [read_run(run_files(folder / f"outputs/mine/{job}")[0]) for job in "01"]
+    assert {run["group"] for run in runs} == {"mine"}
+    assert {run["job_type"] for run in runs} == {"RS-8"}
+    assert all(run["tags"] == ["sums", "tiny_llama", "rs"] for run in runs)
+    assert runs[0]["id"] != runs[1]["id"]
+    assert [run["config"]["optimizer"]["lr"] for run in runs] == [3e-3, 1e38]
+    assert runs[0]["config"]["sampler"]["display"] == "RS-8"  # resolved
+    assert [run["exit_code"] for run in runs] == [0, 1]
+    assert [run["summary"]["status"] for run in runs] == ["finished", "failed"]
+
+
+@pytest.mark.slow
+def test_a_retried_job_continues_its_run_and_a_finished_one_is_left_alone(sweep):
+    folder, (_, again) = sweep
+    assert f"Finished already: {folder}/outputs/mine/0" in again.stderr
+    assert len(run_files(folder / "outputs/mine/0")) == 1
+    files = run_files(folder / "outputs/mine/1")
+    assert len(files) == 2
+    assert len({read_run(file)["id"] for file in files}) == 1
+    assert all(read_run(file)["exit_code"] == 1 for file in files)
+
+
+@pytest.mark.slow
+def test_iterations_and_optimizer_steps_have_axes_of_their_own(sweep):
+    folder, _ = sweep
+    run = read_run(run_files(folder / "outputs/mine/0")[0])
+    assert run["axes"] == {
+        **{f"{part}/*": "iteration" for part in ("e_step", "m_step", "validation", "test")},
+        "rationales": "iteration",
+        "optimizer/*": "optimizer_step",
+    }
+    summary = json.loads((folder / "outputs/mine/0/summary.json").read_text())
+    rows = [row for row in run["rows"] if "e_step/tokens" in row]
+    assert [row["iteration"] for row in rows] == [0, 1]
+    for row, record in zip(rows, summary["iterations"], strict=True):
+        for part in ("e_step", "m_step", "validation"):
+            for key in ("acceptance_rate", "tokens", "nll", "accuracy"):
+                if record[part].get(key) is not None:
+                    assert row[f"{part}/{key}"] == pytest.approx(record[part][key])
+        e_step = record["e_step"]
+        assert row["e_step/tokens_per_accepted"] == pytest.approx(e_step["tokens"] / e_step["accepted"])
+    steps = [row["optimizer_step"] for row in run["rows"] if "optimizer/nll" in row]
+    assert steps == list(range(sum(record["m_step"]["steps"] for record in summary["iterations"])))
+    assert [row["_step"] for row in run["rows"]] == list(range(len(run["rows"])))  # no row was merged into another or dropped
+    test = [row for row in run["rows"] if "test/accuracy" in row]
+    assert [(row["iteration"], row["test/n"]) for row in test] == [(summary["best_iteration"], 18)]
+    assert run["summary"]["baseline/zero_shot/accuracy"] == summary["baseline"]["zero_shot"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_the_rationale_tables_hold_the_journals_rows(sweep):
+    folder, _ = sweep
+    job = folder / "outputs/mine/0"
+    run = read_run(run_files(job)[0])
+    tables = [row for row in run["rows"] if "rationales/path" in row]
+    assert [row["iteration"] for row in tables] == [0, 1]
+    for iteration, row in enumerate(tables):
+        table = json.loads(next(job.glob(f"wandb/offline-run-*/files/{row['rationales/path']}")).read_text())
+        assert table["columns"] == COLUMNS
+        journal = [json.loads(line) for line in (job / f"rationales/iteration={iteration:03d}.jsonl").open()]
+        assert 10 <= len(table["data"]) <= 20 < len(journal)
+        first = dict(zip(COLUMNS, table["data"][0], strict=True))
+        expected = {**journal[0], "scheme": "RS-8", "tokens": journal[0]["n_tokens"]}
+        assert first == {column: expected[column] for column in COLUMNS}
+
+
+@pytest.mark.slow
+def test_the_journal_and_the_model_are_artifacts(sweep):
+    folder, _ = sweep
+    artifacts = dict(read_run(run_files(folder / "outputs/mine/0")[0])["artifacts"])
+    assert {"iteration=000.jsonl", "iteration=001.jsonl"} <= set(artifacts["rationales"])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(artifacts["model"])
+
+
+def test_asking_for_a_server_without_a_key_is_one_sentence(tmp_path, monkeypatch):
+    for key in [key for key in os.environ if key.startswith("WANDB_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match="run `wandb login`, set WANDB_API_KEY"):
+        WandbRun(str(tmp_path), "project", "group", "job", offline=False)
+
+
+@pytest.mark.slow
+def test_the_dashboard_shows_what_is_logged(sweep):
+    folder, _ = sweep
+    logged = {key for row in read_run(run_files(folder / "outputs/mine/0")[0])["rows"] for key in row}
+    shown = {metric for charts in SECTIONS.values() for chart in charts for metric in (*chart.metrics, chart.axis)}
+    # chance needs choices, which sums have not; the marginal is not measured in every run
+    assert shown - logged == {"e_step/chance_acceptance", "validation/log_marginal"}
+
+
+def test_the_dashboards_specification_has_every_chart(tmp_path):
+    pytest.importorskip("wandb_workspaces", reason="needs pip install 'emreason[dashboard]'")
+    main(["me", "--spec", str(tmp_path / "spec.json")])
+    view = json.loads((tmp_path / "spec.json").read_text())
+    sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+    panels = {(s["name"], p["config"]["chartTitle"]): p["config"] for s in sections for p in s["panels"] if "chartTitle" in p["config"]}
+    assert panels.keys() == {(name, chart.title) for name, charts in SECTIONS.items() for chart in charts}
+    chart = panels["E-step", "Acceptance against chance"]
+    assert (chart["xAxis"], chart["metrics"]) == ("iteration", ["e_step/acceptance_rate", "e_step/chance_acceptance"])
+    assert "rationales" in json.dumps(next(s for s in sections if s["name"] == "Rationales"))
+    assert {"section": "config", "name": "sampler.value.display"} in view["spec"]["section"]["runSets"][0]["grouping"]
+
+
+def test_a_table_is_capped_in_rows_and_in_text(tmp_path):
+    line = {"iteration": 0, "question": "q", "gold": "1", "attempt": 1, "proposal": "question", "answer": None, "accepted": False}
+    path = tmp_path / "rationales" / "iteration=000.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({**line, "text": "x" * 9999, "n_tokens": i}) + "\n" for i in range(95)))
+    summary: Any = None
+    rows = Iterations(summary, tmp_path, "PPS", rows=10)._table(0)
+    assert [row[-1] for row in rows] == list(range(0, 95, 10))  # from all over the file
+    assert all(len(row[6]) < TEXT_LIMIT + 10 for row in rows)
+
+
+def test_a_run_keeps_its_id_and_another_folder_has_another(tmp_path):
+    assert run_id(tmp_path) == run_id(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert run_id(tmp_path / "other") != run_id(tmp_path)
+
+
+def test_finishing_without_a_run_is_harmless():
+    finish("failed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger):
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard", reason="needs pip install 'emreason[tensorboard]'")
+    cfg = compose_config(*SMOKE, f"logger={logger}")
+    cfg.hydra.runtime.output_dir = str(tmp_path / "run")
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        cfg.pop("hydra")
+    train(cfg, tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    expected = [m["validation/accuracy"] for m in metrics if "validation/accuracy" in m]
+    assert len(expected) == 2
+    if logger == "csv":
+        import pandas as pd
+
+        table = pd.read_csv(tmp_path / "run/csv/version_0/metrics.csv")
+        assert table["validation/accuracy"].dropna().tolist() == pytest.approx(expected)
+        assert table["e_step/acceptance_rate"].notna().sum() == 2
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+        assert [e.value for e in events.Scalars("validation/accuracy")] == pytest.approx(expected)
