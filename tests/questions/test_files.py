@@ -253,8 +253,13 @@ def test_what_was_understood_is_one_line(tmp_path):
     assert choice.endswith(")")  # the letter and the choice's text
 
 
-def test_choices_are_answered_by_their_text_where_the_config_says_so(tmp_path):
+def test_choices_are_answered_by_their_text_where_the_config_says_so(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", *FIVE)
     dataset = build("file", f"dataset.path={path}", "dataset.answer_as=text")
     assert {q.answer_as for split in SPLITS for q in dataset.questions(split)} == {"text"}
-    assert {q.answer_as for q in build("file", f"dataset.path={path}").questions("train")} == {"letter"}
+    assert "the answer." in Prompts(tiny_tokenizer(), dataset.prompt).text(dataset.questions("train")[0])
+    lettered = build("file", f"dataset.path={path}")
+    assert {q.answer_as for q in lettered.questions("train")} == {"letter"}
+    assert "the letter." in Prompts(tiny_tokenizer(), lettered.prompt).text(lettered.questions("train")[0])
+    build("file", f"dataset.path={path}", "dataset.answer_as=text", "prompt@dataset.prompt=choice")
+    assert "add prompt@dataset.prompt=choice_text" in caplog.text

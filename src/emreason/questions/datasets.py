@@ -46,6 +46,13 @@ class Dataset:
     answer_as: Literal["letter", "text"] = "letter"
     _loaded: dict[Split, list[Question]] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        words = self.prompt.instruction
+        if self.answer_as == "text" and not isinstance(words, str):
+            self.prompt = replace(self.prompt, instruction={**words, "choice": words["text"]})
+        elif self.answer_as == "text" and "letter" in words:
+            log.warning("dataset.answer_as=text, but dataset.prompt asks for the letter; add prompt@dataset.prompt=choice_text")
+
     def questions(self, split: Split) -> list[Question]:
         """The questions of a split, in an order that depends on their ids alone.
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from emreason.questions.answers import check, normalise
+from emreason.questions.answers import check, normalise, parse_number
 from emreason.questions.cells import absent, as_text, lookup
 from emreason.questions.options import Option, position
 from emreason.questions.reading import CONTEXT, Asked, Reading, Row, plain_name, understand
@@ -78,7 +78,8 @@ def to_question(row: Row, reading: Reading) -> Question:
     if reading.kind != "choice":
         if any(option.text is not None for option in options):
             raise UserError(f"{row.where}: it has choices, most other rows have none; set dataset.load.kind=choice or {reading.kind}.")
-        question = Question(name, text, answers[0], reading.kind, aliases=tuple(filter(None, answers[1:])))
+        others = [alias for alias in answers[1:] if alias and (reading.kind == "text" or parse_number(alias) is not None)]
+        question = Question(name, text, answers[0], reading.kind, aliases=tuple(others))
     else:
         answer, choices = _choose(row, answers, options, reading)
         question = Question(name, text, answer, "choice", choices)
