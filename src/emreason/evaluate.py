@@ -18,7 +18,7 @@ from rich.text import Text
 
 from emreason.engines.drawing import draw_seed
 from emreason.progress import bar
-from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.runs.checks import check_values
 from emreason.runs.console import quiet, report_errors
 from emreason.runs.experiment import CONF, Experiment, build, read_config
@@ -38,8 +38,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: a value is not allowed, or data or model cannot be loaded.
     """
     check_values(cfg)
-    experiment = build(cfg)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    experiment = build(cfg)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
@@ -82,11 +82,14 @@ def sampled(
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
     tokenizer = experiment.tokenizer
 
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
     queue = deque(
-        Request((q.id, i), experiment.prompts.ids(q, "question", n_examples), scheme.params, draw_seed(seed, -1, q.id, i), stop(q))
+        Request(
+            (q.id, i),
+            experiment.prompts.ids(q, "question", n_examples),
+            scheme.params,
+            draw_seed(seed, -1, q.id, i),
+            stop_at_answer(q, tokenizer),
+        )
         for q in questions
         for i in range(k)
     )

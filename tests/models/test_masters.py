@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from emreason.bench.precision import losses_of
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
-from emreason.em.steps import Step
 from emreason.engines.packing import _weight
 from emreason.models import kernels, masters
-from emreason.models.batches import Example, collate
+from emreason.models.batches import Example, Step, collate
 from emreason.models.loading import add_lora, load_package
 from emreason.models.masters import dithered, publish
 from emreason.models.tiny import load_tiny

@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
     "added key that the M-step does not take": smoke("+m_step.nosuch=1", words=["m_step", "nosuch"]),
     "added key that the model does not take": smoke("+model.nosuch=1", words=["model.nosuch", "nothing reads"]),
     "added key that the engine does not take": smoke("+engine.nosuch=1", words=["engine", "nosuch"]),
-    "added key that the evaluation does not take": smoke("+evaluation.nosuch=1", words=["evaluation.nosuch", "nothing reads"]),
+    "added key that the evaluation does not take": smoke("+evaluation.nosuch=1", words=["evaluation", "nosuch"]),
     "added key of another command": ("emreason-eval", ["+m_step.epochs=1", "hydra.run.dir=e"], nothing, ["m_step", "nothing reads"]),
     "added key of another experiment": (
         "emreason", ["experiment=exact", "+nosuchkey=1", "hydra.run.dir=run"], nothing, ["nosuchkey", "nothing reads"],

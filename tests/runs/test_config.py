@@ -21,10 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from emreason.evaluate import result_file
 from emreason.runs.checks import check_values, quoted
-from emreason.runs.experiment import CONF, flatten, resolve
+from emreason.runs.experiment import CONF, flatten, read
 from emreason.runs.keys import EVALUATION_KEYS, INSTEAD, SECTIONS, TRAIN_KEYS, TRAINER_KEYS, check_keys
 from emreason.schemes.samplers import Scheme
-from emreason.train import _loggers
 from emreason.types import UserError
 
 GROUPS = [(p.parent.name, p.stem) for p in sorted(Path(CONF).glob("*/*.yaml")) if p.stem != "base" and p.parent.name != "prompt"]
@@ -215,13 +214,14 @@ def test_a_logger_outside_hydra_writes_into_the_run_folder(option, tmp_path, mon
     HydraConfig.instance().cfg = None
     started = []
     if option == "tensorboard":  # not installed here
+        monkeypatch.setattr("emreason.runs.keys.EXTRAS", {})
         monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
     monkeypatch.setattr("emreason.tracking.dashboard._start", lambda folder, *_, **__: started.append(folder))
-    (tmp_path / "config.yaml").write_text(resolve(cfg))
-    loggers = _loggers(cfg, tmp_path)
-    assert len(loggers) == (option != "none")
+    (tmp_path / "config.yaml").write_text(read(cfg).text)
+    logger = read(cfg).logger(tmp_path)
+    assert (logger is None) == (option == "none")
     assert started == ([tmp_path] if option == "wandb" else [])
-    assert option in ("none", "wandb") or Path(loggers[0].save_dir) == tmp_path
+    assert option in ("none", "wandb") or Path(logger.save_dir) == tmp_path
     assert str(tmp_path) not in (tmp_path / "config.yaml").read_text()  # a run folder may be moved
 
 
@@ -236,3 +236,19 @@ def test_results_of_one_run_do_not_replace_each_other(tmp_path):
     names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
     assert names[0] == "evaluation_test.json"
     assert len(set(names)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampler.budget=0", "sampler.budget=1.5", "sampler.temperature=-1.0", "sampler.top_p=0.0", "sampler.max_new_tokens=0",
+        "sampler.worked_examples=-1", "sampler.keep=0", "sampler.weigh=much", "sampler.truncate=0.5", "sampler.choose=some",
+        "sampler.share=0", "m_step.epochs=0", "m_step.batch_size=0", "m_step.tokens_per_batch=-1", "m_step.init=zero",
+        "m_step.normalize=mean", "m_step.max_grad_norm=0.0", "m_step.optimizer=drop", "m_step.on_zero_accepted=stop",
+        "m_step.warmup_steps=-1",
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=key):
+        check_values(compose_config(override))

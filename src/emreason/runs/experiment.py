@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from emreason.models.loading import choose_dtype
 from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
 from emreason.questions.datasets import Dataset
 from emreason.questions.prompts import Prompts
+from emreason.runs.checks import check_values, try_optimizer
 from emreason.runs.console import console
+from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
@@ -44,7 +48,7 @@ MAY_CHANGE = (
 
 @dataclass
 class Experiment:
-    """The parts of a run or an evaluation."""
+    """The parts of a run or an evaluation that take long to make."""
 
     dataset: Dataset
     prompts: Prompts
@@ -54,8 +58,74 @@ class Experiment:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the config says of a run, read and checked before anything is loaded.
+
+    Attributes:
+        text: all of it, resolved, as YAML.
+        trainer, logger: make the Trainer, and the logger of a run folder or None.
+        build: makes the `Experiment`; see the function.
+    """
+
+    identity: dict[str, Any]
+    text: str
+    seed: int
+    overwrite: bool
+    keep_checkpoints: bool
+    token_budget: int | None
+    rationale_rows: int
+    max_epochs: int
+    scheme: Scheme
+    m_step: Any
+    evaluation: Any
+    optimizer: Callable[..., Any]
+    trainer: Callable[..., Any]
+    logger: Callable[[Path], Any]
+    build: Callable[[str | None], Experiment]
+
+
+def read(cfg: DictConfig) -> Settings:
+    """Read a training config; nothing else of a run does.
+
+    Raises:
+        UserError, HydraException: a value is not allowed.
+    """
+    check_values(cfg)
+    make = hydra.utils.instantiate
+    optimizer = make(cfg.optimizer)
+    try_optimizer(optimizer)
+    return Settings(
+        identity(cfg),
+        OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
+        **{key: cfg[key] for key in ("seed", "overwrite", "keep_checkpoints", "token_budget", "rationale_rows")},
+        max_epochs=cfg.trainer.max_epochs,
+        scheme=make(cfg.sampler),
+        m_step=make(cfg.m_step),
+        evaluation=make(cfg.evaluation),
+        optimizer=optimizer,
+        trainer=make(cfg.trainer, _partial_=True),
+        logger=lambda folder: _logger(cfg.logger, folder),
+        build=lambda dtype: build(cfg, dtype),
+    )
+
+
+def _logger(config: DictConfig, folder: Path) -> Any:
+    """The logger, if any; the run folder is the first argument of a partial one, unless it has a folder of its own."""
+    logger = hydra.utils.instantiate(config) if config else None
+    if isinstance(logger, functools.partial):
+        return logger() if logger.keywords.keys() & {"save_dir", "folder"} else logger(folder)
+    return logger
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What a run is, for its summary."""
+    names = {"dataset": cfg.dataset.name, "model": cfg.model.name, "sampler": cfg.sampler.name, "seed": cfg.seed}
+    return names | {"scheme": cfg.sampler.display, "budget": cfg.sampler.budget, "tag": cfg.tag}
+
+
 @out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
-def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
+def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     """Load data first (its errors are cheap), then the model.
 
     Args:
@@ -69,7 +139,6 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     for split in ("train", "validation", "test"):
         dataset.questions(split)
-    hydra.utils.instantiate(cfg.sampler)
     wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
     if wanted > there:
         key = "examples" if "examples" in cfg else "sampler.worked_examples"
@@ -91,11 +160,6 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
-
-
-def resolve(cfg: DictConfig) -> str:
-    """The config with every interpolation resolved, as YAML."""
-    return OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
 
 
 def check_same_config(folder: Path, config: str) -> None:

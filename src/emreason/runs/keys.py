@@ -21,7 +21,6 @@ TRAIN_KEYS = _GROUPS | {
     *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
 }
 SECTIONS = {
-    "evaluation": {"max_new_tokens", "forced", "bound", "bound_questions", "diagnostics", "few_shot", "baseline"},
     "model": {"name", "load"},
     "peft": {"name", "add"},
     "dataset.limit": {"train", "validation", "test"},
