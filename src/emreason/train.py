@@ -138,7 +138,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
 
 
 def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
-    logger = settings.logger()
+    logger = settings.logger(folder)
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         settings.trainer,
