@@ -13,7 +13,6 @@ import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -29,10 +28,10 @@ from emreason.reports.sweep import run_job
 from emreason.runs.console import EXPECTED, console, one_sentence, quiet, report_errors
 from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, identity, read
 from emreason.runs.journal import AtomicCheckpointIO, Journal, locked, write_atomic
-from emreason.runs.summary import Summary, read_summary, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, read_summary, tokens_drawn
 from emreason.tracking.dashboard import RUN_ID, Iterations, finish, wandb_runs
 from emreason.tracking.divergence import Divergence
-from emreason.tracking.recorder import JsonlLogger, Recorder, write_predictions
+from emreason.tracking.recorder import Checkpoints, JsonlLogger, Recorder, write_predictions
 from emreason.types import UserError
 
 
@@ -81,7 +80,7 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
-        experiment = settings.build(read_summary(folder).get("dtype"))
+        experiment = settings.build(summary.values["dtype"])
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
         _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -104,16 +103,14 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     L.seed_everything(settings.seed, workers=True, verbose=False)
-    last = folder / "checkpoints" / "last.ckpt"
-    done = iterations_in(last)
-    iterations_in(last.with_name("best.ckpt"))  # it is read at the end: better told now
+    checkpoints = Checkpoints(summary, folder)
+    done = iterations_in(checkpoints.last)
+    iterations_in(checkpoints.best)  # it is read at the end: better told now
     asked, questions = settings.evaluation, experiment.dataset.questions
     datamodule = RationaleDataModule(questions("validation"), questions("test"))
     parts = (experiment.model, experiment.tokenizer, experiment.engine, experiment.prompts)
     module = EMModule(*parts, settings.optimizer, settings.m_step, asked, settings.seed, settings.keep_checkpoints)
     few_shot = min(asked.few_shot, len(experiment.dataset.worked_examples()))
-    save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
-    best = save(filename="best", monitor="validation/accuracy", mode="max", save_top_k=1, save_weights_only=True)
     trainer = _trainer(
         settings,
         folder,
@@ -124,18 +121,15 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
             *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
             Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
             Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
-            best,
-            save(filename="last", save_top_k=1, monitor=None),
+            checkpoints,
         ],
     )
-    trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-    # no checkpoint: every iteration was skipped, the weights are the base model's
-    trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
+    trainer.fit(module, datamodule, ckpt_path=checkpoints.last if done else None, weights_only=True)
+    trainer.test(module, datamodule, ckpt_path=checkpoints.best, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         export(module.model, module.tokenizer, folder / "model")
-        best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
-        summary.update(test=module.scores["test"], best_iteration=best_iteration)
+        summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
@@ -144,7 +138,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
 
 
 def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
-    logger = settings.logger()
+    logger = settings.logger(folder)
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         settings.trainer,
