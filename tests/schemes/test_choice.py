@@ -98,14 +98,6 @@ def test_iterations_sample_and_train_on_the_chosen_ones_and_a_resumed_run_agrees
     assert {r.question_id for r in drawn[0]}.isdisjoint(r.question_id for r in drawn[1])
 
 
-@pytest.mark.parametrize(("change", "word"), [({"choose": "hard"}, "choose"), ({"share": 0.0}, "share"), ({"share": 1.5}, "share")])
-def test_bad_choices_are_refused(change, word):
-    with pytest.raises(UserError, match=word):
-        half(**change)
-    with pytest.raises(UserError, match="trice"):
-        half(keep=2, weigh="trice")
-
-
 @pytest.mark.parametrize("overrides", [["trice"], ["adastar"], ["rloo", "sampler.budget=4"]], ids=lambda o: o[0])
 def test_schemes_that_need_the_past_resume_from_the_journals(tmp_path, overrides):
     name, *more = overrides
@@ -116,3 +108,8 @@ def test_schemes_that_need_the_past_resume_from_the_journals(tmp_path, overrides
     one, other = (learned(tmp_path / folder) for folder in ("resumed", "whole"))
     assert_same(one, other)
     assert any(r["weight"] < 0 for r in one[1]) == (name != "adastar")
+
+
+def test_adaptive_choice_does_not_go_with_trice():
+    with pytest.raises(UserError, match="choose=adaptive"):
+        half(keep=2, weigh="trice")
