@@ -772,13 +772,6 @@ FAULTS = [
         "engines/test_engine.py::test_greedy_tokens_equal_generate[llama]",
     ),
     fault(
-        "uniforms: neighbouring seeds are alike",
-        "engines/drawing.py",
-        "_mix(_mix(state + golden) + steps * golden)",
-        "_mix(state + steps * golden)",
-        "engines/test_engine.py::test_uniforms",
-    ),
-    fault(
         "KV: a moved row leaves its cache behind",
         "engines/inprocess.py",
         "                self.decoder.move(len(self.rows), index, last.length)\n",
