@@ -37,7 +37,7 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
 
 study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 seeds at equal generated tokens, then the report (hours)
-	$(BIN)/emreason -m experiment=study sampler=$(STUDY_SCHEMES) dataset.load.terms=3,4 seed=$(STUDY_SEEDS) $(STUDY)
+	$(BIN)/emreason -m experiment=study,study_4 sampler=$(STUDY_SCHEMES) seed=$(STUDY_SEEDS) $(STUDY)
 	$(BIN)/emreason-report outputs/study --out outputs/study/report
 
 # the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry

@@ -106,19 +106,10 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     checkpoints = Checkpoints(summary, folder)
     done = iterations_in(checkpoints.last)
     iterations_in(checkpoints.best)  # it is read at the end: better told now
-    asked = settings.evaluation
-    datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
-    module = EMModule(
-        experiment.model,
-        experiment.tokenizer,
-        experiment.engine,
-        experiment.prompts,
-        settings.optimizer,
-        settings.m_step,
-        asked,
-        settings.seed,
-        extendable=settings.keep_checkpoints,
-    )
+    asked, questions = settings.evaluation, experiment.dataset.questions
+    datamodule = RationaleDataModule(questions("validation"), questions("test"))
+    parts = (experiment.model, experiment.tokenizer, experiment.engine, experiment.prompts)
+    module = EMModule(*parts, settings.optimizer, settings.m_step, asked, settings.seed, settings.keep_checkpoints)
     few_shot = min(asked.few_shot, len(experiment.dataset.worked_examples()))
     trainer = _trainer(
         settings,
@@ -126,9 +117,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
         keep_below=done,
         max_epochs=_max_epochs(settings, summary.values["iterations"][:done]),
         callbacks=[
-            EStep(
-                settings.scheme, experiment.dataset.questions("train"), Journal(folder), settings.seed, "faithfulness" in asked.diagnostics
-            ),
+            EStep(settings.scheme, questions("train"), Journal(folder), settings.seed, "faithfulness" in asked.diagnostics),
             *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
             Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
             Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
@@ -149,7 +138,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
 
 
 def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
-    logger = settings.logger()
+    logger = settings.logger(folder)
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         settings.trainer,
@@ -168,12 +157,7 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     )
     try:
         trainer: L.Trainer = make()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        MisconfigurationException,
-    ) as error:  # the last but one: a SLURM job as Lightning wants none
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # the third: a SLURM job as Lightning wants none
         raise UserError(f"trainer: {error}") from error
     # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import hydra
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_
 from emreason.questions.datasets import Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_values, try_optimizer
+from emreason.runs.console import console
 from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
 
@@ -61,7 +64,7 @@ class Settings:
 
     Attributes:
         text: all of it, resolved, as YAML.
-        trainer, logger: make the Trainer, and the logger or None.
+        trainer, logger: make the Trainer, and the logger of a run folder or None.
         build: makes the `Experiment`; see the function.
     """
 
@@ -78,7 +81,7 @@ class Settings:
     evaluation: Any
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
-    logger: Callable[[], Any]
+    logger: Callable[[Path], Any]
     build: Callable[[str | None], Experiment]
 
 
@@ -102,9 +105,17 @@ def read(cfg: DictConfig) -> Settings:
         evaluation=make(cfg.evaluation),
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True),
-        logger=lambda: make(cfg.logger) if cfg.logger else None,
+        logger=lambda folder: _logger(cfg.logger, folder),
         build=lambda dtype: build(cfg, dtype),
     )
+
+
+def _logger(config: DictConfig, folder: Path) -> Any:
+    """The logger, if any; the run folder is the first argument of a partial one, unless it has a folder of its own."""
+    logger = hydra.utils.instantiate(config) if config else None
+    if isinstance(logger, functools.partial):
+        return logger() if logger.keywords.keys() & {"save_dir", "folder"} else logger(folder)
+    return logger
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -128,11 +139,18 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     for split in ("train", "validation", "test"):
         dataset.questions(split)
+    wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
+    if wanted > there:
+        key = "examples" if "examples" in cfg else "sampler.worked_examples"
+        raise UserError(
+            f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
+        )
+    rank_zero_only(console().print)(dataset.understood(), highlight=False, soft_wrap=True)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
-    wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
-    if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
-        wanted = "float32"  # ranks that measured for themselves could disagree
-    chosen = choose_dtype(wanted, device)
+    precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
+        precision = "float32"  # ranks that measured for themselves could disagree
+    chosen = choose_dtype(precision, device)
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
@@ -141,6 +159,7 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
         model = hydra.utils.instantiate(cfg.peft.add)(model)
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    prompts.check()
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
 
 

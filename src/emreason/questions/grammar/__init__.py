@@ -1,0 +1,1 @@
+"""What a completion states: thinking blocks, typesetting, numbers, statements, and what takes a statement back."""
