@@ -27,7 +27,7 @@ from transformers import (
 
 from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
-from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache, eos_token_ids
+from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
 from emreason.types import Completion, Request, SamplingParams
 
@@ -269,17 +269,6 @@ def test_every_eos_id_ends_a_completion() -> None:
     ended = complete(model, requests(4, new=30))[0]
     assert ended.token_ids == free[0].token_ids[: free[0].token_ids.index(token) + 1]
     assert ended.finish_reason == "stop"
-
-
-def test_a_chat_template_s_end_of_turn_ends_a_completion() -> None:
-    class Chat(Letters):
-        chat_template = "{{ '<|im_end|>' }}"
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"<|im_end|>": 7, "<|eot_id|>": 8}  # the latter is in the vocabulary alone
-
-    assert eos_token_ids(llama(), Chat()) == {EOS, 7}
-    assert eos_token_ids(llama(), Letters()) == {EOS}
 
 
 def test_every_token_of_every_draw_has_a_number_of_its_own() -> None:

@@ -371,7 +371,7 @@ def test_a_row_of_the_runs_table(tmp_path):
     (row,) = runs_table(collect([tmp_path])).rows
     low, high = (f"{100 * x:.0f}" for x in stats.wilson(70, 100))
     assert [entry.text for entry in row] == [
-        "PPS", "7", "0.0", "8.0", "1.0 → 40 50", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3.0k", "1:35",
+        "PPS", "7", "0.0", "8.0", "1.0 → 40 50", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3.0k", "95 s",
     ]  # fmt: skip
 
 
