@@ -260,7 +260,7 @@ FAULTS = [
         "em/module.py",
         'self._restored_masters = checkpoint.get("master_weights")',
         "self._restored_masters = None",
-        "em/test_checkpoints.py::test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes",
+        "em/test_checkpoints.py::test_a_resumed_run_in_bfloat16_ends_at_the_same_bits",
     ),
     fault(
         "normalize=questions: divided by the accepted ones",
@@ -772,13 +772,6 @@ FAULTS = [
         "engines/test_engine.py::test_greedy_tokens_equal_generate[llama]",
     ),
     fault(
-        "uniforms: neighbouring seeds are alike",
-        "engines/drawing.py",
-        "_mix(_mix(state + golden) + steps * golden)",
-        "_mix(state + steps * golden)",
-        "engines/test_engine.py::test_uniforms",
-    ),
-    fault(
         "KV: a moved row leaves its cache behind",
         "engines/inprocess.py",
         "                self.decoder.move(len(self.rows), index, last.length)\n",
@@ -862,6 +855,13 @@ FAULTS = [
         "self.scale = 1 / self.head_dim",
         "engines/test_engine.py::test_greedy_tokens_equal_generate[llama]",
     ),
+    fault(
+        "engine: merged adapters rounded to nearest",
+        "engines/packing.py",
+        "return dithered(weight) if active and dtype == torch.bfloat16 else weight.to(dtype)",
+        "return weight.to(dtype)",
+        "models/test_masters.py::test_a_merged_adapter_is_right_in_expectation",
+    ),
     # --- models
     fault(
         "masters: a later micro-batch overwrites the gradient",
@@ -927,27 +927,6 @@ FAULTS = [
         "models/test_masters.py::test_an_m_step_in_bfloat16_learns_what_float32_learns",
     ),
     fault(
-        "engine: merged adapters rounded to nearest",
-        "engines/packing.py",
-        "return dithered(weight) if active and dtype == torch.bfloat16 else weight.to(dtype)",
-        "return weight.to(dtype)",
-        "models/test_masters.py::test_a_merged_adapter_is_right_in_expectation",
-    ),
-    fault(
-        "report: one seed compares schemes",
-        "reports/comparison.py",
-        "if len(seeds) > 1 or (seeds and second == FEW_SHOT):",
-        "if seeds:",
-        "reports/test_report.py::test_one_seed_compares_models_with_their_baseline_and_not_schemes",
-    ),
-    fault(
-        "report: bold with one seed",
-        "reports/comparison.py",
-        " or any(cell.seeds == 1 for cell in measured_cells if not cell.baseline)",
-        "",
-        "reports/test_report.py::test_one_seed_compares_models_with_their_baseline_and_not_schemes",
-    ),
-    fault(
         "masters: every parameter has the same numbers",
         "models/masters.py",
         'f"{seed}/{number}".encode()',
@@ -972,22 +951,22 @@ FAULTS = [
     fault(
         "prompt: two BOS",
         "questions/prompts.py",
-        "bos = not self._has_chat_template",
-        "bos = True",
+        "        bos = not self._has_chat_template  #",
+        "        bos = True  #",
         "questions/test_prompts.py::test_at_most_one_bos_and_no_eos_at_the_end",
     ),
     fault(
         "prompt: EOS at its end",
         "questions/prompts.py",
-        "ids[:-1] if bos and ids[-1] == self.tokenizer.eos_token_id else ids",
-        "ids",
+        "tuple(ids[:-1] if bos and ids[-1] == self.tokenizer.eos_token_id else ids)",
+        "tuple(ids)",
         "questions/test_prompts.py::test_at_most_one_bos_and_no_eos_at_the_end",
     ),
     fault(
         "prompt: changes overnight",
         "questions/prompts.py",
-        '"date_string": "26 Jul 2024", ',
-        "",
+        '"date_string": "26 Jul 2024", **keys',
+        "**keys",
         "questions/test_prompts.py::test_the_prompt_does_not_change_overnight",
     ),
     fault(
@@ -1000,8 +979,8 @@ FAULTS = [
     fault(
         "extraction: the first statement decides",
         "questions/answers.py",
-        "found = list(statements(text))",
-        "found = list(statements(text))[::-1]",
+        "    found = list(statements(text))\n",
+        "    found = list(statements(text))[::-1]\n",
         "questions/test_answers.py::test_whatever_was_said_before_the_gold_line_decides",
     ),
     fault(
@@ -1014,9 +993,9 @@ FAULTS = [
     fault(
         "extraction: `Answer: Because` is B",
         "questions/answers.py",
-        "(?![^\\W_]|['-]\\w|\\.\\w)(?P<close>",
-        "(?P<close>",
-        "questions/test_answers.py::test_a_malformed_last_line_is_no_answer",
+        "(?![^\\W_]|['-]\\w|\\.\\w)",
+        "",
+        "questions/test_answers.py::test_a_letter_inside_a_word_is_no_answer",
     ),
     fault(
         "reward: any letter",
@@ -1028,21 +1007,21 @@ FAULTS = [
     fault(
         "reward: numbers compared as text",
         "questions/answers.py",
-        "same_number(answer, gold) if",
-        "answer == gold if",
+        "same_number(answer, gold) if question.kind",
+        "answer == gold if question.kind",
         "questions/test_answers.py::test_reward",
     ),
     fault(
         "stop: prose ends a completion",
         "questions/answers.py",
         'decided[0].form in ("line", "tag", "heading")',
-        'decided[0].form != "box"',
+        'decided[0].form in ("line", "tag", "heading", "prose")',
         "questions/test_answers.py::test_answer_line_complete",
     ),
     fault(
         "limit: the head of the file",
         "questions/datasets.py",
-        "return sorted(questions, key=lambda question: _rank(question.id))[:limit]",
+        "return sorted(questions, key=lambda question: rank(question.id))[:limit]",
         "return questions[:limit]",
         "questions/test_datasets.py::test_a_subset_is_not_the_head_of_the_file",
     ),
@@ -1070,7 +1049,7 @@ FAULTS = [
     fault(
         "sums: the splits share questions",
         "questions/datasets.py",
-        "    validation, test = _cut(rest, len(rest) * 2 // 5)\n",
+        "    validation, test = take(rest, len(rest) * 2 // 5)\n",
         "    validation, test = rest[: len(rest) * 2 // 5], rest\n",
         "questions/test_datasets.py::test_sums",
     ),
@@ -1231,6 +1210,20 @@ FAULTS = [
         "scores/test_probes.py::test_kl_per_token_against_enumeration",
     ),
     # --- reports
+    fault(
+        "report: one seed compares schemes",
+        "reports/comparison.py",
+        "if len(seeds) > 1 or (seeds and second == FEW_SHOT):",
+        "if seeds:",
+        "reports/test_report.py::test_one_seed_compares_models_with_their_baseline_and_not_schemes",
+    ),
+    fault(
+        "report: bold with one seed",
+        "reports/comparison.py",
+        " or any(cell.seeds == 1 for cell in measured_cells if not cell.baseline)",
+        "",
+        "reports/test_report.py::test_one_seed_compares_models_with_their_baseline_and_not_schemes",
+    ),
     fault(
         "report: a failed run with a test score counts",
         "reports/reading.py",

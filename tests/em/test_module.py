@@ -95,7 +95,9 @@ def test_training_input_is_the_plain_prompt_and_exactly_the_sampled_ids(tmp_path
     """Zero-shot, whatever the E-step's prompts showed."""
     questions, module = numbers(6), em_module()
     module.prompts = Prompts(module.tokenizer, TEMPLATE, [Demonstration(numbers(7)[-1], "so")])
-    module, e_step = fit(tmp_path, questions, gold_script(questions), epochs=1, scheme_=scheme("pps", worked_examples=1), module=module)
+    gold = gold_script(questions)
+    script = lambda r: (gold(r), "answer" if r.key[0] < "q003" else "stop")  # noqa: E731
+    module, e_step = fit(tmp_path, questions, script, epochs=1, scheme_=scheme("pps", worked_examples=1), module=module)
     by_id = {q.id: q for q in questions}
     rationales = {r.question_id: r for r in Journal(tmp_path).read(0)}
     steps = e_step._steps[1]
