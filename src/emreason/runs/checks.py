@@ -251,7 +251,8 @@ def quoted(argument: str) -> str:
 
 def _in_quotes(text: str) -> str:
     """Hydra halves the backslashes before a quotation mark and keeps all others."""
-    if re.match(r"""['"]""", text):
+    plain = re.fullmatch(r"(?:[A-Za-z_/]|\.{1,2}/)[A-Za-z0-9_./-]*", text) and text.lower() not in ("true", "false", "null", "nan", "inf")
+    if plain or re.match(r"""['"]""", text):
         return text
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
