@@ -173,9 +173,9 @@ ROWS = "".join(json.dumps({"question": f"What is {i}?", "answer": i}) + "\n" for
         ("a.csv", "\ufeff QUESTION , Answer \nWhat is 1?,1\nWhat is 2?,2\nWhat is 3?,3\n"),
         ("a.jsonl", "\ufeff" + ROWS),
         ("a.json", ROWS),
-        ("a.jsonl.gz", gzip.compress(ROWS.encode())),
-        ("a.jsonl", gzip.compress(ROWS.encode())),  # whatever it is called
-        ("a.csv.gz", gzip.compress(b"question,answer\nWhat is 1?,1\nWhat is 2?,2\nWhat is 3?,3\n")),
+        ("a.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0)),
+        ("a.jsonl", gzip.compress(ROWS.encode(), mtime=0)),  # whatever it is called
+        ("a.csv.gz", gzip.compress(b"question,answer\nWhat is 1?,1\nWhat is 2?,2\nWhat is 3?,3\n", mtime=0)),
         ("a.json", json.dumps([json.loads(row) for row in ROWS.splitlines()], indent=1)),
         ("a.json", json.dumps([json.loads(row) for row in ROWS.splitlines()])),
         ("a.jsonl", json.dumps([json.loads(row) for row in ROWS.splitlines()])),
@@ -201,7 +201,7 @@ def test_formats(tmp_path, name, content):
         ("a.csv", "question,answer\na,1\n".encode("utf-16"), "UTF-16"),
         ("a.csv", "question,answer\na,1\n".encode("utf-16-le"), "UTF-16"),
         ("a.csv", "question,answer\nb,1\nä,1\n".encode("latin-1"), "line 3 is not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(ROWS.encode())[:-9], "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0)[:-9], "not a whole gzip file"),
         ("a.json", '[{"question": "a", "answer": 1},\n{"question"', "not JSON: Expecting ':' delimiter at line 2"),
         ("a.json", '{"question": ["a"],\n "answer": [1]}', 'a JSON file must be a list of objects, or hold one under "data"'),
         ("a.json", "[]", "is empty"),
