@@ -6,29 +6,26 @@ import functools
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emreason.engines.drawing import draw_seed
 from emreason.progress import bar
 from emreason.questions.answers import answer_line_complete, correct, extract
-from emreason.runs.checks import check_values
-from emreason.runs.console import quiet, report_errors
-from emreason.runs.experiment import CONF, Experiment, build, read_config
+from emreason.runs.console import report_errors
+from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
 from emreason.runs.journal import write_json
-from emreason.schemes.samplers import Scheme
-from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
-from emreason.scores.scoring import Stopwatch, mean, predict, score, token_logprobs
-from emreason.scores.stats import pass_at_k, wilson
-from emreason.tracking.recorder import write_predictions
 from emreason.types import Question, Request, UserError, plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from emreason.schemes.samplers import Scheme
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -37,7 +34,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a value is not allowed, or data or model cannot be loaded.
     """
-    check_values(cfg)
+    load_libraries(cfg)
+    from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
+    from emreason.scores.scoring import Stopwatch, predict, score
+    from emreason.scores.stats import wilson
+    from emreason.tracking.recorder import write_predictions
+
     experiment = build(cfg)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
@@ -78,6 +80,10 @@ def sampled(
     experiment: Experiment, questions: Sequence[Question], scheme: Scheme, *, k: int, n_examples: int, seed: int
 ) -> dict[str, float | None]:
     """pass@1 … pass@k (unbiased, Chen et al. 2021) and maj@k from k draws per question under the plain prompt."""
+    from emreason.engines.drawing import draw_seed
+    from emreason.scores.scoring import mean
+    from emreason.scores.stats import pass_at_k
+
     by_id = {question.id: question for question in questions}
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
     tokenizer = experiment.tokenizer
@@ -112,13 +118,14 @@ def _majority(answers: Sequence[str | None]) -> str | None:
     return Counter(given).most_common(1)[0][0] if given else None
 
 
-@torch.no_grad()
 def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:
     """For each multiple-choice question the letter with the highest log π(" A" | prompt + "Answer:"); no reasoning.
 
     Raises:
         UserError: a question has no choices.
     """
+    import torch
+
     experiment.model.eval()
     best = []
     cue = experiment.tokenizer.encode("Answer:", add_special_tokens=False)
@@ -128,13 +135,18 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
                 raise UserError("method=loglikelihood compares answer letters, but this dataset has no choices; use method=generate.")
             prompt = [*experiment.prompts.ids(question, "question", n_examples), *cue]
             letters = [experiment.tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in question.letters]
-            best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
+            with torch.no_grad():
+                best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
             progress.update(1, len(prompt))
     return best
 
 
 def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
     """log π(continuation | prompt), nats, of each; single tokens share one forward pass of the prompt alone."""
+    import torch
+
+    from emreason.scores.scoring import token_logprobs
+
     device = next(model.parameters()).device
     if all(len(ids) == 1 for ids in continuations):
         logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
@@ -197,7 +209,6 @@ def _task(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Console script `emreason-eval`."""
-    quiet()
     report_errors(_task, again="begins again")
 
 

@@ -7,35 +7,27 @@ import re
 import shutil
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from emreason.em.datamodule import RationaleDataModule
-from emreason.em.e_step import EStep
-from emreason.em.module import EMModule
-from emreason.models.loading import export
 from emreason.models.memory import out_of_memory_told, release_memory
+from emreason.progress import console, doing, rank
 from emreason.runs.apart import run_apart, several_ranks
 from emreason.runs.checks import check_values, try_optimizer
-from emreason.runs.console import EXPECTED, console, one_sentence, quiet, report_errors
-from emreason.runs.experiment import CONF, Experiment, build, check_same_config, resolve
+from emreason.runs.console import EXPECTED, one_sentence, quiet, report_errors
+from emreason.runs.experiment import CONF, Experiment, build, check_same_config, load_libraries, resolve
 from emreason.runs.interrupt import leave_with_launcher
-from emreason.runs.journal import AtomicCheckpointIO, Journal, locked, write_atomic
+from emreason.runs.journal import Journal, locked, write_atomic
 from emreason.runs.summary import Summary, read_summary, tokens_drawn
-from emreason.tracking.dashboard import RUN_ID, Iterations, finish, wandb_runs
-from emreason.tracking.divergence import Divergence
-from emreason.tracking.recorder import JsonlLogger, Recorder, write_predictions
 from emreason.types import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
 
 __all__ = ["main", "train"]
 
@@ -47,7 +39,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
     """
     folder = folder.resolve()
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+    if rank() > 0:
+        quiet()
         check_values(cfg)
         # where torchrun or SLURM has started this rank, what ends the first at once must end this one: it would wait for it
         return (None if cfg.overwrite else _done(cfg, folder)) or _train(cfg, folder)
@@ -78,7 +71,7 @@ def _done(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 def _check(cfg: DictConfig, folder: Path) -> None:
     """`check_values`; a run that never began is then a failed one, and a begun one is left as it is."""
     try:
-        check_values(cfg)
+        load_libraries(cfg)
     except UserError as error:
         if not read_summary(folder):
             Summary(folder, _identity(cfg)).update(status="failed", error=one_sentence(error))
@@ -117,6 +110,8 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:
+        from emreason.tracking.dashboard import finish
+
         finish(summary.values["status"])
         experiment = None
         release_memory()  # a sweep's next job starts without this one's model
@@ -125,6 +120,19 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from emreason.em.datamodule import RationaleDataModule
+    from emreason.em.e_step import EStep
+    from emreason.em.module import EMModule
+    from emreason.models.loading import export
+    from emreason.tracking.dashboard import Iterations, wandb_runs
+    from emreason.tracking.divergence import Divergence
+    from emreason.tracking.m_step_bar import MStepBar
+    from emreason.tracking.recorder import Recorder, write_predictions
+    from emreason.tracking.samples import Samples
+
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     last = folder / "checkpoints" / "last.ckpt"
     iterations_done = _iterations_done(last)
@@ -158,6 +166,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
             *([Divergence(cfg.evaluation.bound_questions, cfg.seed)] if "kl" in cfg.evaluation.diagnostics else []),
             Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
             Iterations(summary, folder, cfg.sampler.display, cfg.rationale_rows),
+            MStepBar(),
+            *([] if cfg.quiet else [Samples(folder)]),
             best,
             save(filename="last", save_top_k=1, monitor=None),
         ],
@@ -167,7 +177,8 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
     trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
-        export(module.model, module.tokenizer, folder / "model")
+        with doing(f"Writing {folder / 'model'}", at_once=False):
+            export(module.model, module.tokenizer, folder / "model")
         best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
         summary.update(test=module.scores["test"], best_iteration=best_iteration)
         for run in wandb_runs(trainer):
@@ -178,6 +189,11 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
 
 
 def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from emreason.em.checkpoint_io import AtomicCheckpointIO
+    from emreason.tracking.recorder import JsonlLogger
+
     logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
@@ -223,6 +239,8 @@ def _iterations_done(checkpoint: Path) -> int:
     """
     if not checkpoint.exists():
         return 0
+    import torch
+
     try:
         progress = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
         return int(progress["current"]["processed"])
@@ -231,6 +249,8 @@ def _iterations_done(checkpoint: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
+    from emreason.tracking.dashboard import RUN_ID
+
     for name in ("rationales", "predictions", "checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "config.yaml", RUN_ID):
@@ -248,7 +268,6 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     from emreason.reports.reading import collect
     from emreason.reports.writing import print_runs
 
-    quiet()  # also where a launcher runs the job in a process of its own
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         leave_with_launcher()
@@ -265,7 +284,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         return None
     if sweep:
         console().print(f"Run folder: {folder}", highlight=False)
-    elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    elif rank() == 0:
         print_runs(collect([folder]), Console())
         print(f"Run folder: {folder}")
     return _best_accuracy(summary)

@@ -19,7 +19,7 @@ from emreason.em.steps import Step, make_steps
 from emreason.models.batches import Example
 from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
-from emreason.progress import bar
+from emreason.progress import bar, doing
 from emreason.runs.journal import Journal
 from emreason.schemes.choice import choose
 from emreason.schemes.diagnostics import describe
@@ -92,7 +92,8 @@ class EStep(Callback):
         by_id = {q.id: q for q in self.questions}
         if self.scheme.weighs_by_importance:
             score = functools.partial(completion_logprobs, module.model)
-            attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
+            with doing(f"E-step {iteration}, importance weights of {len(attempts)} rationales"):
+                attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
         memory: dict[str, Rationale] = {}
         for drawn in past:
             memory = remembered(drawn, memory)
@@ -111,7 +112,8 @@ class EStep(Callback):
         self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
         if self.faithfulness:
             accepted = [r for r in attempts if r.accepted]
-            agree = module.gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
+            with doing(f"E-step {iteration}, faithfulness of {len(accepted)} rationales"):
+                agree = module.gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
             self.record["faithful_rate"] = mean(agree)
         release_memory()  # the engine's cache, before the M-step's activations
         map_large_blocks()

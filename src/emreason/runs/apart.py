@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from emreason.runs.summary import read_summary
@@ -20,6 +19,8 @@ def several_ranks(cfg: DictConfig) -> bool:
     """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
     devices = cfg.trainer.get("devices", 1)
     if devices in (-1, "auto"):
+        import torch
+
         devices = 1 if cfg.trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
     return (devices > 1 or cfg.trainer.get("num_nodes", 1) > 1) and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
 

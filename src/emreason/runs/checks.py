@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from emreason.types import UserError
@@ -65,6 +64,8 @@ _DIAGNOSTICS = Allowed(
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
     "overwrite": FLAG,
+    "quiet": FLAG,
+    "plan": FLAG,
     "keep_checkpoints": FLAG,
     "rationale_rows": whole(1),
     "sampler.budget": whole(1),
@@ -127,6 +128,18 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is not allowed, or is a secret; the message names the key and what is allowed.
     """
+    check_plain(cfg)
+    _check_devices(cfg)
+    for key in ("model.load", "engine", "peft.add", "optimizer", "trainer", "logger"):
+        _check_names(key, OmegaConf.select(cfg, key))
+
+
+def check_plain(cfg: DictConfig) -> None:
+    """What can be told of a config at once: nothing large is imported.
+
+    Raises:
+        UserError: as `check_values`.
+    """
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra."))
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=…")
@@ -136,9 +149,6 @@ def check_values(cfg: DictConfig) -> None:
         if value is not _ABSENT and not allowed.holds(value):
             raise UserError(f"{key}={'null' if value is None else value}: it must be {allowed.words}.")
     _check_betas(OmegaConf.select(cfg, "optimizer.betas"))
-    _check_devices(cfg)
-    for key in ("model.load", "engine", "peft.add", "optimizer", "trainer", "logger"):
-        _check_names(key, OmegaConf.select(cfg, key))
 
 
 _ABSENT = object()
@@ -161,6 +171,8 @@ def try_optimizer(make: Callable[..., Any]) -> None:
     Raises:
         UserError: it cannot be made.
     """
+    import torch
+
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -184,6 +196,8 @@ def _check_devices(cfg: DictConfig) -> None:
             "the engine samples from the whole weights. For a model too large for one device use peft=lora, engine.dtype=bfloat16 or "
             "m_step.gradient_checkpointing=true."
         )
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and not gpus:
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch can use; use cpu or auto.")

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from emreason.models.kernels import compile_ahead
-from emreason.models.loading import choose_dtype
 from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
-from emreason.questions.datasets import Dataset
+from emreason.models.sizes import describe
+from emreason.progress import doing, rank, say
+from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
+from emreason.runs.checks import check_plain, check_values
+from emreason.runs.console import quiet
 from emreason.types import Engine, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[3] / "conf")
@@ -32,6 +36,8 @@ MAY_CHANGE = (
     "rationale_rows",
     "evaluation.diagnostics",
     "overwrite",
+    "quiet",
+    "plan",
     "keep_checkpoints",
     "data_root",
     "engine.max_batch",
@@ -52,6 +58,21 @@ class Experiment:
     dtype: torch.dtype
 
 
+def load_libraries(cfg: DictConfig) -> None:
+    """Check the config, say what will run, and import what is large.
+
+    Raises:
+        UserError: as `check_values`.
+    """
+    check_plain(cfg)
+    if rank() == 0:
+        line = f"Model {describe(cfg.model.name, cfg.model.load)}, dataset {cfg.dataset.name}"
+        say(line)
+    with doing("Loading PyTorch, Lightning and transformers"):
+        quiet()
+        check_values(cfg)
+
+
 @out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
 def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
     """Load data first (its errors are cheap), then the model.
@@ -62,11 +83,16 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     Raises:
         UserError: data or model cannot be loaded.
     """
+    import torch
+
+    from emreason.models.kernels import compile_ahead
+    from emreason.models.loading import choose_dtype
+
     keep_freed_memory()
     spare_imports()
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
-    for split in ("train", "validation", "test"):
-        dataset.questions(split)
+    with doing(f"Reading dataset {cfg.dataset.name}") as reading:
+        reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
     hydra.utils.instantiate(cfg.sampler)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
     wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
@@ -76,9 +102,11 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
-    model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
-    if "add" in cfg.peft:
-        model = hydra.utils.instantiate(cfg.peft.add)(model)
+    with doing(f"Loading model {describe(cfg.model.name, cfg.model.load)}") as loading:
+        model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
+        if "add" in cfg.peft:
+            model = hydra.utils.instantiate(cfg.peft.add)(model)
+        loading.note = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {str(chosen).removeprefix('torch.')}"
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)

@@ -18,14 +18,14 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from emreason.engines.drawing import draw_seed
 from emreason.questions.answers import answer_line_complete, extract
 from emreason.questions.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROPOSALS = ("question", "rationalization")
 WEIGHTS = ("rationales", "questions", "importance", "resample", "rloo", "trice")
@@ -183,6 +183,8 @@ def sample(
     Args:
         replayed: attempts already journalled in this iteration; they are not drawn again and not yielded.
     """
+    from emreason.engines.drawing import draw_seed  # and PyTorch, which a plan does without
+
     examples = scheme.n_examples(iteration)
     by_id = {question.id: question for question in questions}
     past: dict[str, list[Rationale]] = {}

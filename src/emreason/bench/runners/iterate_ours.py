@@ -18,10 +18,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from emreason import train
 from emreason.bench.work import ITERATION, configured
 from emreason.em import module
+from emreason.em.checkpoint_io import AtomicCheckpointIO
 from emreason.em.e_step import EStep
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
-from emreason.runs.journal import AtomicCheckpointIO
 
 WORK = ("decoding", "forward", "backward", "optimizer")
 """The rest of an iteration is overhead."""
