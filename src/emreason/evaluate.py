@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from emreason.progress import bar
 from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.runs import help
 from emreason.runs.console import report_errors
 from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
 from emreason.runs.journal import write_json
@@ -209,7 +211,10 @@ def _task(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Console script `emreason-eval`."""
-    report_errors(_task, again="begins again")
+    if help.asked_for(sys.argv[1:]):
+        print(help.text("evaluate"), end="")
+    else:
+        report_errors(_task, again="begins again")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from emreason.models.memory import out_of_memory_told, release_memory
 from emreason.progress import console, doing, rank
+from emreason.runs import help
 from emreason.runs.apart import run_apart, several_ranks
 from emreason.runs.checks import check_values, try_optimizer
 from emreason.runs.console import EXPECTED, one_sentence, quiet, report_errors
@@ -296,7 +298,10 @@ def _best_accuracy(summary: dict[str, Any]) -> float | None:
 
 def main() -> None:
     """Console script `emreason`."""
-    report_errors(_task)
+    if help.asked_for(sys.argv[1:]):
+        print(help.text("train"), end="")
+    else:
+        report_errors(_task)
 
 
 if __name__ == "__main__":
