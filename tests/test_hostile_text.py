@@ -12,9 +12,8 @@ from conftest import numbers
 from test_journal import rationale
 
 from emreason import evaluate, train
-from emreason.em.e_step import EStep
 from emreason.runs.console import one_sentence
-from emreason.runs.journal import JsonLines
+from emreason.runs.journal import JsonLines, journal_record
 from emreason.tracking import dashboard
 from emreason.tracking.dashboard import Iterations, WandbRun
 from emreason.types import UserError
@@ -73,7 +72,7 @@ def test_wandb_gets_names_that_it_takes_and_texts_as_they_are(monkeypatch, tmp_p
     assert (len(given["group"]), len(given["tags"][0])) == (128, 64)
 
     lines = JsonLines(tmp_path / "rationales" / "iteration=000.jsonl")
-    lines.append(EStep.journal_record(numbers(1)[0], rationale(EVIL)))
+    lines.append(journal_record(numbers(1)[0], rationale(EVIL)))
     lines.close()
     record = {"iteration": 0, "e_step": {"accepted": 1, "tokens": 9}, "m_step": {"steps": 1}, "validation": None}
     summary = SimpleNamespace(values={"iterations": [record]})

@@ -17,17 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from emreason.progress import bar
-from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.runs import help
 from emreason.runs.console import report_errors
 from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
 from emreason.runs.journal import write_json
+from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Request, UserError, plain
 
 if TYPE_CHECKING:
     import torch
-
-    from emreason.schemes.samplers import Scheme
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -42,8 +41,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from emreason.scores.stats import wilson
     from emreason.tracking.recorder import write_predictions
 
-    experiment = build(cfg)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    experiment = build(cfg)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()
@@ -88,16 +87,11 @@ def sampled(
 
     by_id = {question.id: question for question in questions}
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
-    tokenizer = experiment.tokenizer
-
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
-    queue = deque(
-        Request((q.id, i), experiment.prompts.ids(q, "question", n_examples), scheme.params, draw_seed(seed, -1, q.id, i), stop(q))
-        for q in questions
-        for i in range(k)
-    )
+    tokenizer, prompts = experiment.tokenizer, experiment.prompts
+    queue: deque[Request] = deque()
+    for q in questions:
+        prompt, stop = prompts.ids(q, "question", n_examples), stop_at_answer(q, tokenizer)
+        queue.extend(Request((q.id, i), prompt, scheme.params, draw_seed(seed, -1, q.id, i), stop) for i in range(k))
     with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
         for completion in experiment.engine.generate(queue):
             question = by_id[completion.request.key[0]]  # type: ignore[index]

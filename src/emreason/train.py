@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,16 @@ from rich.console import Console
 
 from emreason.models.memory import out_of_memory_told, release_memory
 from emreason.progress import console, doing, rank
+from emreason.reports.sweep import run_job
 from emreason.runs import help
-from emreason.runs.apart import run_apart, several_ranks
-from emreason.runs.checks import check_values, try_optimizer
-from emreason.runs.console import EXPECTED, one_sentence, quiet, report_errors
-from emreason.runs.experiment import CONF, Experiment, build, check_same_config, load_libraries, resolve
-from emreason.runs.interrupt import leave_with_launcher
+from emreason.runs.console import EXPECTED, one_sentence, report_errors
+from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic
 from emreason.runs.summary import Summary, read_summary, tokens_drawn
 from emreason.types import UserError
 
 if TYPE_CHECKING:
     import lightning as L
-
-__all__ = ["main", "train"]
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -41,23 +37,27 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
     """
     folder = folder.resolve()
-    if rank() > 0:
-        quiet()
-        check_values(cfg)
-        # where torchrun or SLURM has started this rank, what ends the first at once must end this one: it would wait for it
-        return (None if cfg.overwrite else _done(cfg, folder)) or _train(cfg, folder)
-    with locked(folder):
-        _check(cfg, folder)
-        if cfg.overwrite:
+    first = rank() == 0
+    # where torchrun or SLURM has started the other ranks, what ends the first at once must end them: they would wait for it
+    with locked(folder) if first else contextlib.nullcontext():
+        try:
+            settings = read(cfg)
+        except EXPECTED as error:
+            if not read_summary(folder):  # a run that never began is a failed one; a begun one is left as it is
+                Summary(folder, identity(cfg)).update(status="failed", error=one_sentence(error))
+            raise
+        if settings.overwrite and first:
             _clear(folder)
-        if done := _done(cfg, folder):
-            console().print(f"Finished already: {folder}", highlight=False)
+        if done := None if settings.overwrite else _done(settings, folder):
+            if first:
+                console().print(f"Finished already: {folder}", highlight=False)
             return done
-        write_atomic(folder / "config.yaml", resolve(cfg))
-        return _train(cfg, folder)
+        if first:
+            write_atomic(folder / "config.yaml", settings.text)
+        return _train(settings, folder)
 
 
-def _done(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do.
 
     Raises:
@@ -65,42 +65,19 @@ def _done(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """
     before = read_summary(folder)
     if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
-        check_same_config(folder, resolve(cfg))
-    finished = before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(cfg, before["iterations"])
+        check_same_config(folder, settings.text)
+    finished = before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(settings, before["iterations"])
     return before if finished else None
 
 
-def _check(cfg: DictConfig, folder: Path) -> None:
-    """`check_values`; a run that never began is then a failed one, and a begun one is left as it is."""
-    try:
-        load_libraries(cfg)
-    except UserError as error:
-        if not read_summary(folder):
-            Summary(folder, _identity(cfg)).update(status="failed", error=one_sentence(error))
-        raise
-
-
-def _identity(cfg: DictConfig) -> dict[str, Any]:
-    return {
-        "dataset": cfg.dataset.name,
-        "model": cfg.model.name,
-        "sampler": cfg.sampler.name,
-        "seed": cfg.seed,
-        "scheme": cfg.sampler.display,
-        "budget": cfg.sampler.budget,
-        "tag": cfg.tag,
-    }
-
-
-def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    summary = Summary(folder, _identity(cfg))
+def _train(settings: Settings, folder: Path) -> dict[str, Any]:
+    summary = Summary(folder, settings.identity)
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
-        try_optimizer(hydra.utils.instantiate(cfg.optimizer))
-        experiment = build(cfg, folder, dtype=read_summary(folder).get("dtype"))
+        experiment = settings.build(read_summary(folder).get("dtype"))
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
-        _run(cfg, folder, experiment, summary)
+        _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         summary.update(status="interrupted")
         raise
@@ -121,10 +98,11 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
-def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary) -> None:
+def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
 
+    from emreason.em.checkpoints import iterations_in
     from emreason.em.datamodule import RationaleDataModule
     from emreason.em.e_step import EStep
     from emreason.em.module import EMModule
@@ -135,41 +113,29 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
     from emreason.tracking.recorder import Recorder, write_predictions
     from emreason.tracking.samples import Samples
 
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    L.seed_everything(settings.seed, workers=True, verbose=False)
     last = folder / "checkpoints" / "last.ckpt"
-    iterations_done = _iterations_done(last)
-    _iterations_done(last.with_name("best.ckpt"))  # it is read at the end: better told now
-    scheme = hydra.utils.instantiate(cfg.sampler)
-    datamodule = RationaleDataModule(experiment.dataset.questions("validation"), experiment.dataset.questions("test"))
-    module = EMModule(
-        experiment.model,
-        experiment.tokenizer,
-        experiment.engine,
-        experiment.prompts,
-        hydra.utils.instantiate(cfg.optimizer),
-        hydra.utils.instantiate(cfg.m_step),
-        max_new_tokens=cfg.evaluation.max_new_tokens,
-        forced=cfg.evaluation.forced,
-        bound=cfg.evaluation.bound,
-        bound_questions=cfg.evaluation.bound_questions,
-        seed=cfg.seed,
-        extendable=cfg.keep_checkpoints,
-    )
-    few_shot = min(cfg.evaluation.few_shot, len(experiment.dataset.worked_examples()))
+    done = iterations_in(last)
+    iterations_in(last.with_name("best.ckpt"))  # it is read at the end: better told now
+    asked, questions = settings.evaluation, experiment.dataset.questions
+    datamodule = RationaleDataModule(questions("validation"), questions("test"))
+    parts = (experiment.model, experiment.tokenizer, experiment.engine, experiment.prompts)
+    module = EMModule(*parts, settings.optimizer, settings.m_step, asked, settings.seed, settings.keep_checkpoints)
+    few_shot = min(asked.few_shot, len(experiment.dataset.worked_examples()))
     save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
     best = save(filename="best", monitor="validation/accuracy", mode="max", save_top_k=1, save_weights_only=True)
     trainer = _trainer(
-        cfg,
+        settings,
         folder,
-        keep_below=iterations_done,
-        max_epochs=_max_epochs(cfg, summary.values["iterations"][:iterations_done]),
+        keep_below=done,
+        max_epochs=_max_epochs(settings, summary.values["iterations"][:done]),
         callbacks=[
-            EStep(scheme, experiment.dataset.questions("train"), Journal(folder), cfg.seed, "faithfulness" in cfg.evaluation.diagnostics),
-            *([Divergence(cfg.evaluation.bound_questions, cfg.seed)] if "kl" in cfg.evaluation.diagnostics else []),
-            Recorder(summary, folder, tuple(cfg.evaluation.baseline), few_shot, cfg.token_budget),
-            Iterations(summary, folder, cfg.sampler.display, cfg.rationale_rows),
+            EStep(settings.scheme, questions("train"), Journal(folder), settings.seed, "faithfulness" in asked.diagnostics),
+            *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
+            Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
+            Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
             MStepBar(),
-            *([] if cfg.quiet else [Samples(folder)]),
+            *([] if settings.quiet else [Samples(folder)]),
             best,
             save(filename="last", save_top_k=1, monitor=None),
         ],
@@ -186,20 +152,20 @@ def _run(cfg: DictConfig, folder: Path, experiment: Experiment, summary: Summary
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
-        if not cfg.keep_checkpoints:
+        if not settings.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints")
 
 
-def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
+def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from emreason.em.checkpoint_io import AtomicCheckpointIO
+    from emreason.em.checkpoints import AtomicCheckpointIO
     from emreason.tracking.recorder import JsonlLogger
 
-    logger: Any = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
+    logger = settings.logger()
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
-        hydra.utils.instantiate(cfg.trainer, _partial_=True),
+        settings.trainer,
         max_epochs=max_epochs,
         default_root_dir=folder,
         callbacks=callbacks,
@@ -215,39 +181,17 @@ def _trainer(cfg: DictConfig, folder: Path, keep_below: int, max_epochs: int, ca
     )
     try:
         trainer: L.Trainer = make()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        MisconfigurationException,
-    ) as error:  # the last but one: a SLURM job as Lightning wants none
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # the third: a SLURM job as Lightning wants none
         raise UserError(f"trainer: {error}") from error
     # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
-def _max_epochs(cfg: DictConfig, done: list[dict[str, Any]]) -> int:
+def _max_epochs(settings: Settings, done: list[dict[str, Any]]) -> int:
     """EM iterations in all; no more than are done where these have used up the token budget."""
-    spent = cfg.token_budget is not None and tokens_drawn(done) >= cfg.token_budget
-    return min(len(done), cfg.trainer.max_epochs) if spent else cfg.trainer.max_epochs
-
-
-def _iterations_done(checkpoint: Path) -> int:
-    """EM iterations that a checkpoint completes.
-
-    Raises:
-        UserError: the file is not a checkpoint.
-    """
-    if not checkpoint.exists():
-        return 0
-    import torch
-
-    try:
-        progress = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]["epoch_progress"]
-        return int(progress["current"]["processed"])
-    except Exception as error:  # whatever else the file may be; nothing in it is run
-        raise UserError(f"{checkpoint} is not a checkpoint of this program; restore it, or begin again with overwrite=true.") from error
+    spent = settings.token_budget is not None and tokens_drawn(done) >= settings.token_budget
+    return min(len(done), settings.max_epochs) if spent else settings.max_epochs
 
 
 def _clear(folder: Path) -> None:
@@ -270,29 +214,13 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     from emreason.reports.reading import collect
     from emreason.reports.writing import print_runs
 
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep:
-        leave_with_launcher()
-    if sweep and several_ranks(cfg):
-        return _best_accuracy(run_apart(folder, HydraConfig.get().overrides.task))
-    try:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        summary = run_job(train, cfg, folder)
+    else:
         summary = train(cfg, folder)
-    except Exception as error:
-        if not sweep:
-            raise
-        # the other jobs go on; the sweep ends with this failure
-        known = isinstance(error, EXPECTED)
-        console().print(f"Failed: {folder}: {one_sentence(error)}" if known else traceback.format_exc(), highlight=False)
-        return None
-    if sweep:
-        console().print(f"Run folder: {folder}", highlight=False)
-    elif rank() == 0:
-        print_runs(collect([folder]), Console())
-        print(f"Run folder: {folder}")
-    return _best_accuracy(summary)
-
-
-def _best_accuracy(summary: dict[str, Any]) -> float | None:
+        if rank() == 0:
+            print_runs(collect([folder]), Console())
+            print(f"Run folder: {folder}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 
 

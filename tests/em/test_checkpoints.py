@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from test_config import compose_config
 
 from emreason import train as training
-from emreason.em.checkpoint_io import AtomicCheckpointIO
+from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emreason.em.m_step import MStep
 from emreason.em.steps import make_steps
 from emreason.models.batches import Example, bucket, collate
 
@@ -36,10 +37,7 @@ def steps(n, accepted, normalize, world=1, rank=0, batch_size=4, epochs=1):
     return make_steps(
         [example(i, completion=2 + i % 5) for i in range(accepted)],
         n,
-        epochs=epochs,
-        batch_size=batch_size,
-        tokens_per_batch=20,
-        normalize=normalize,
+        MStep(epochs=epochs, batch_size=batch_size, tokens_per_batch=20, normalize=normalize),
         pad_id=PAD,
         seed=3,
         rank=rank,

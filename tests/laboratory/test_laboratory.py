@@ -23,9 +23,9 @@ from test_samplers import scheme
 from emreason.laboratory import exact
 from emreason.laboratory.tabular import (
     Hint,
+    Tabular,
     TabularEngine,
     accepted,
-    expected_update,
     kl,
     make_questions,
     make_tabular,
@@ -33,12 +33,34 @@ from emreason.laboratory.tabular import (
 )
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts
-from emreason.schemes.samplers import sample
+from emreason.schemes.samplers import Scheme, sample
 from emreason.schemes.weights import remembered, weigh
 from emreason.types import UserError
 
 DRAWS = 1200  # per question; with ≤ 14 cells of about 1/10 this sees a cell that is off by 30 %
 P = 1e-3
+
+
+def expected_update(model: Tabular, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The paper's filtered gradient Σᵢ r(ŷᵢ, yᵢ*) ∇ log π(ẑᵢ, ŷᵢ | xᵢ; θ) (§3, the M-step's update) in expectation over the scheme's draws.
+
+    RS-1, one question: r vanishes unless ŷ = y*, and π ∇ log π = ∇π, so
+
+        E[r ∇ log π(z, y|x)] = Σ_z π(z, y*|x) ∇ log π(z, y*|x) = ∇ Σ_z π(z, y*|x) = ∇π(y*|x) = p ∇ log p,   p = π(y*|x).
+
+    It is the gradient of the log marginal likelihood times p: hard questions count less than in EM. RS-M draws the posterior with
+    probability 1 − (1 − p)^M and else nothing, and the posterior's mean score is ∇ log p (Fisher's identity), so its factor is
+    1 − (1 − p)^M: p at M = 1, and 1, the gradient of EM's objective itself, as M → ∞. A scheme with accepted law s at probability a gives
+    a ∇ Σ_z s(z) log π(z, y*|x) instead, which is the gradient of log p only where s is the posterior.
+
+    Returns:
+        the gradients with respect to `z_logits` and `y_logits`, summed over questions.
+    """
+    weights = accepted(model, scheme).detach()
+    z, y = (t.detach().clone().requires_grad_() for t in (model.z_logits, model.y_logits))
+    log_correct = replace(model, z_logits=z, y_logits=y).log_correct()
+    by_z, by_y = torch.autograd.grad((weights * log_correct).sum(), [z, y])
+    return by_z, by_y
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from emreason.bench.precision import losses_of
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
-from emreason.em.steps import Step
-from emreason.models import kernels
-from emreason.models.batches import Example, collate
-from emreason.models.loading import load_package
+from emreason.engines.packing import _weight
+from emreason.models import kernels, masters
+from emreason.models.batches import Example, Step, collate
+from emreason.models.loading import add_lora, load_package
 from emreason.models.masters import dithered, publish
+from emreason.models.tiny import load_tiny
 from emreason.questions.prompts import Prompts
 from emreason.types import Question
 
@@ -61,7 +62,7 @@ def test_the_kernel_and_torch_publish_the_same_bits(size, monkeypatch):
     torch.manual_seed(size)
     values = [torch.randn(size), torch.randn(size).mul_(1e-30), torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])]
     compiled = published(values)
-    monkeypatch.setattr("emreason.models.masters.library", lambda _: None)
+    monkeypatch.setattr(masters, "library", lambda _: None)
     for a, b in zip(compiled, published(values), strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
@@ -72,6 +73,21 @@ def test_seed_and_parameter_choose_the_numbers_and_nothing_else():
     assert not torch.equal(first, second)
     assert torch.equal(first, published([master])[0])
     assert not torch.equal(first, published([master], seed=2)[0])
+
+
+def test_a_merged_adapter_is_right_in_expectation():
+    """An adapter's update of a thousandth of a weight is not lost in the engine's copy."""
+    model = add_lora(load_tiny("llama", dtype=torch.bfloat16)[0], r=4, alpha=8)
+    moved, wanted = 0.0, 0.0
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            base = module.get_base_layer().weight
+            torch.nn.init.constant_(module.lora_A["default"].weight, 0.01)
+            torch.nn.init.constant_(module.lora_B["default"].weight, 1e-4)
+            moved += float((_weight(module, torch.bfloat16).float() - base.float()).sum())
+            wanted += float((_weight(module, torch.float32) - base.float()).sum())
+    assert moved == pytest.approx(wanted, rel=0.2)
+    assert wanted != 0
 
 
 SUMS = [((3, 5, 9), 17), ((2, 4, 4), 10), ((7, 1, 6), 14)]

@@ -70,7 +70,7 @@ def test_out_of_memory_in_the_m_step_names_the_settings(monkeypatch, tmp_path, c
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("emreason.em.module.token_logprobs", full)
+    monkeypatch.setattr("emreason.em.m_step.token_logprobs", full)
     monkeypatch.setattr(sys, "argv", ["emreason", "experiment=smoke", "engine.dtype=float32", f"hydra.run.dir={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as stopped:
         train.main()

@@ -11,8 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from emreason.evaluate import result_file
+from emreason.runs.checks import check_values
 from emreason.runs.experiment import CONF
 from emreason.schemes.samplers import Scheme
+from emreason.types import UserError
 
 GROUPS = [(p.parent.name, p.stem) for p in sorted(Path(CONF).glob("*/*.yaml")) if p.stem != "base" and p.parent.name != "prompt"]
 
@@ -66,3 +68,19 @@ def test_results_of_one_run_do_not_replace_each_other(tmp_path):
     names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
     assert names[0] == "evaluation_test.json"
     assert len(set(names)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampler.budget=0", "sampler.budget=1.5", "sampler.temperature=-1.0", "sampler.top_p=0.0", "sampler.max_new_tokens=0",
+        "sampler.worked_examples=-1", "sampler.keep=0", "sampler.weigh=much", "sampler.truncate=0.5", "sampler.choose=some",
+        "sampler.share=0", "m_step.epochs=0", "m_step.batch_size=0", "m_step.tokens_per_batch=-1", "m_step.init=zero",
+        "m_step.normalize=mean", "m_step.max_grad_norm=0.0", "m_step.optimizer=drop", "m_step.on_zero_accepted=stop",
+        "m_step.warmup_steps=-1",
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=key):
+        check_values(compose_config(override))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emreason.em.checkpoint_io import AtomicCheckpointIO
+from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.runs.journal import Journal, JsonLines, locked, rationale_from, read_lines, to_line, write_json
 from emreason.types import Rationale, UserError
 

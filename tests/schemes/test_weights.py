@@ -15,11 +15,12 @@ from test_module import em_module, trainer
 from test_samplers import RIGHT, run, scheme
 
 from emreason.em.datamodule import RationaleDataModule
-from emreason.em.e_step import EStep, e_step_record
+from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
 from emreason.engines.inprocess import InProcessEngine
 from emreason.laboratory.tabular import TabularEngine, make_questions
-from emreason.runs.journal import Journal
+from emreason.runs.journal import Journal, journal_record
+from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import sample, training_ids
 from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized, remembered, score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
@@ -239,7 +240,7 @@ def test_weights_reach_the_journal_the_m_step_and_a_resumed_run(tmp_path):
             with Journal(tmp_path / name).appending(0, 0, 1) as lines:
                 by_id = {q.id: q for q in numbers(10)}
                 for r in journals[0][:cut]:
-                    lines.append({**EStep.journal_record(by_id[r.question_id], r), "weight": 1.0, "log_weight": None})
+                    lines.append({**journal_record(by_id[r.question_id], r), "weight": 1.0, "log_weight": None})
         callback = e_step(tmp_path / name, module, hinted)
         journals.append(Journal(tmp_path / name).read(0))
         ends.append(torch.cat([p.detach().flatten() for p in module.trainable()]))
@@ -261,9 +262,6 @@ def test_weights_reach_the_journal_the_m_step_and_a_resumed_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"keep": 0}, "keep"),
-        ({"weigh": "much"}, "weigh"),
-        ({"truncate": 0.5}, "truncate"),
         ({"weigh": "importance"}, "keep=4"),
         ({"weigh": "resample", "keep": 4, "top_p": 0.9}, "top_p=1"),
         ({"weigh": "importance", "keep": 4, "distinct": True}, "distinct"),

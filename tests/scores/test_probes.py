@@ -16,6 +16,7 @@ from test_module import em_module
 from test_weights import plain
 
 from emreason.em.datamodule import RationaleDataModule
+from emreason.em.evaluation import Evaluation
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.loading import add_lora
 from emreason.models.tiny import load_tiny
@@ -81,7 +82,7 @@ def test_kl_per_token_against_enumeration():
     """Completions of one token, so that KL = Σᵥ π(v) log π(v)/π₀(v) is a sum over the vocabulary; 600 draws, within 4.5 standard errors."""
     module, n = em_module(), 600
     questions = [replace(numbers(1)[0], id=f"q{i}") for i in range(n)]
-    module.max_new_tokens = 1
+    module.evaluation = Evaluation(max_new_tokens=1)
     prompt = module.prompts.ids(questions[0])
 
     def logits():

@@ -22,10 +22,11 @@ from torch import Tensor
 from emreason.bench.work import configured, iteration_work
 from emreason.em import module as module_module
 from emreason.em.datamodule import RationaleDataModule
+from emreason.em.evaluation import Evaluation
 from emreason.em.module import EMModule
-from emreason.em.steps import Step, make_steps
+from emreason.em.steps import make_steps
 from emreason.models import masters as masters_module
-from emreason.models.batches import Example
+from emreason.models.batches import Example, Step
 from emreason.runs.experiment import build
 from emreason.schemes.samplers import sample, training_ids
 from emreason.scores.scoring import token_logprobs
@@ -83,8 +84,8 @@ def rationales(seed: int, overrides: Sequence[str]) -> tuple[list[Step], list[An
     by_id = {q.id: q for q in questions}
     eos = parts.tokenizer.eos_token_id
     examples = [Example(r.question_id, parts.prompts.ids(by_id[r.question_id]), training_ids(r, eos)) for r in accepted]
-    how = {key: cfg.m_step[key] for key in ("epochs", "batch_size", "tokens_per_batch", "normalize")}
-    return make_steps(examples, len(questions), pad_id=eos, seed=seed, **how), parts.dataset.questions("validation"), examples
+    m_step = hydra.utils.instantiate(cfg.m_step)
+    return make_steps(examples, len(questions), m_step, pad_id=eos, seed=seed), parts.dataset.questions("validation"), examples
 
 
 def losses_of(module: EMModule, steps: list[Step]) -> list[float]:
@@ -108,7 +109,7 @@ def m_step(name: str, seed: int, lr: float, overrides: Sequence[str], steps: lis
     L.seed_everything(seed, verbose=False)
     parts = build(cfg)
     optimizer, settings = hydra.utils.instantiate(cfg.optimizer), hydra.utils.instantiate(cfg.m_step)
-    module = EMModule(parts.model, parts.tokenizer, parts.engine, parts.prompts, optimizer, settings, 40, forced=False, seed=seed)
+    module = EMModule(parts.model, parts.tokenizer, parts.engine, parts.prompts, optimizer, settings, Evaluation(40, False), seed)
     if "checkpoint" in name:
         exact = build(configured(*overrides, "engine.dtype=float32"))
         module._restored_masters = [p.detach() for p in exact.model.parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from emreason.em.steps import Step
+from emreason.models.batches import Step
 from emreason.types import Question
 
 

@@ -1,17 +1,22 @@
-"""`m_step` in the config."""
+"""The M-step's settings, and the filtered gradient of one of its optimizer steps (paper, §3): Σᵢ rᵢ ∇ log π(ẑᵢ, ŷᵢ | xᵢ; θ)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from emreason.em.steps import Normalize
+import torch
+from torch import Tensor, nn
+
+from emreason.models.batches import Step
+from emreason.scores.scoring import token_logprobs
 from emreason.types import UserError
 
 
 @dataclass(frozen=True)
 class MStep:
-    """How one M-step turns accepted rationales into an update.
+    """How one M-step turns accepted rationales into an update; `m_step` in the config.
 
     Attributes:
         epochs: passes over the accepted rationales.
@@ -32,28 +37,50 @@ class MStep:
     tokens_per_batch: int = 2048
     init: Literal["previous", "base"] = "previous"
     optimizer: Literal["carry", "reset"] = "carry"
-    normalize: Normalize = "questions"
+    normalize: Literal["questions", "rationales", "tokens"] = "questions"
     max_grad_norm: float | None = 1.0
     warmup_steps: int = 0
     decay: bool = False
     gradient_checkpointing: bool = False
     on_zero_accepted: Literal["error", "skip"] = "error"
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "tokens_per_batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"m_step.{name}={value!r}: it must be a whole number of at least 1.")
-        allowed: dict[str, tuple[str, ...]] = {
-            "init": ("previous", "base"),
-            "optimizer": ("carry", "reset"),
-            "normalize": ("questions", "rationales", "tokens"),
-            "on_zero_accepted": ("error", "skip"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise UserError(f"m_step.{name}={getattr(self, name)!r} is not known; use {' or '.join(values)}.")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise UserError(f"m_step.max_grad_norm={self.max_grad_norm}: it must be above 0, or null for no clipping.")
-        if self.warmup_steps < 0:
-            raise UserError(f"m_step.warmup_steps={self.warmup_steps}: it must be at least 0.")
+
+def accumulate(model: nn.Module, step: Step, device: torch.device, index: int) -> Tensor:
+    """Add the gradients of this rank's batches up; returns [2] float64: the summed NLL (nats) and the number of supervised tokens.
+
+    Raises:
+        UserError: the loss is not finite; the message names the questions of the batch.
+    """
+    sums = torch.zeros(2, device=device, dtype=torch.float64)
+    for batch in step.batches:
+        batch = batch.to(device)
+        logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask)
+        per_row = torch.zeros_like(batch.weights).index_add(0, batch.row_of_token, -logprobs)
+        loss = (per_row * batch.weights).sum()
+        if not torch.isfinite(loss):
+            raise _not_finite("loss", index, batch.question_ids)
+        loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
+        sums[0] += per_row.detach().sum()
+        sums[1] += len(logprobs)
+    return sums
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step, index: int) -> Tensor:
+    """Scale the gradients down to `max_norm`; returns the norm that they had.
+
+    Raises:
+        UserError: it is not finite; the message names the step's questions.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(norm):
+        raise _not_finite("gradient", index, [i for batch in step.batches for i in batch.question_ids])
+    if max_norm is not None and norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _not_finite(what: str, step: int, question_ids: Sequence[str]) -> UserError:
+    return UserError(
+        f"The {what} of optimizer step {step} is not finite (questions {', '.join(sorted(set(question_ids))[:20])}); nothing was updated "
+        "and the last checkpoint is intact: lower optimizer.lr, set m_step.max_grad_norm, or use engine.dtype=float32."
+    )

@@ -1,26 +1,24 @@
-"""The LightningModule: the M-step's weighted NLL, and evaluation by generation."""
+"""The LightningModule: Lightning's hooks around the M-step, the evaluation and the checkpoints."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from emreason.em.m_step import MStep
-from emreason.em.steps import Step
+from emreason.em import checkpoints, evaluation, ranks
+from emreason.em.evaluation import Evaluation
+from emreason.em.m_step import MStep, accumulate, clip
+from emreason.models.batches import Step
 from emreason.models.masters import master_weights, publish
-from emreason.progress import bar
 from emreason.questions.prompts import Prompts
-from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
-from emreason.scores.scoring import Prediction, Stopwatch, predict, score, token_logprobs
-from emreason.types import Engine, Question, UserError
+from emreason.scores.scoring import Prediction, Stopwatch
+from emreason.types import Engine, Question
 
 
 class EMModule(L.LightningModule):
@@ -29,10 +27,7 @@ class EMModule(L.LightningModule):
     Args:
         model: the transformers (or PEFT) model; the engine samples from the same weights.
         optimizer: makes the optimizer from the parameters, e.g. a partial of `torch.optim.AdamW`.
-        max_new_tokens: of greedy evaluation.
-        forced: also measure accuracy with a forced answer line.
-        bound: K > 0: validation also estimates log π(y*|x) from K draws of each of the first `bound_questions` questions.
-        seed: of those draws, and of rounding.
+        seed: of the evaluation's draws, and of rounding.
         extendable: False: the checkpoint of the last iteration does without the optimizer, nobody will train on from it.
     """
 
@@ -44,17 +39,10 @@ class EMModule(L.LightningModule):
         prompts: Prompts,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         m_step: MStep,
-        max_new_tokens: int = 256,
-        forced: bool = True,
-        bound: int = 0,
-        bound_questions: int = 32,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         seed: int = 1,
         extendable: bool = True,
     ):
-        if bound < 0 or bound_questions < 1:
-            raise UserError(
-                f"evaluation.bound={bound}, evaluation.bound_questions={bound_questions}: at least 0 draws of at least 1 question."
-            )
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints of adapters leave the frozen base out
@@ -64,9 +52,7 @@ class EMModule(L.LightningModule):
         self.prompts = prompts
         self.make_optimizer = optimizer
         self.m_step = m_step
-        self.max_new_tokens = max_new_tokens
-        self.forced = forced
-        self.bound, self.bound_questions, self.seed, self.extendable = bound, bound_questions, seed, extendable
+        self.evaluation, self.seed, self.extendable = evaluation, seed, extendable
         self.predictions: dict[str, list[Prediction]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.m_step_record: dict[str, Any] = {}
@@ -101,8 +87,8 @@ class EMModule(L.LightningModule):
         self.train()  # models from `from_pretrained` start in eval mode
         self.m_step_record = {}
         self._watch = Stopwatch()
-        self._sums = {"nll": 0.0, "tokens": 0.0, "steps": 0.0}
-        optimizer = self._optimizer()
+        self._sums, self._steps = torch.zeros(2, dtype=torch.float64), 0
+        optimizer: Any = self.optimizers()
         if self.m_step.init == "base":
             with torch.no_grad():
                 for parameter, base in zip(self.trainable(), self._base, strict=True):
@@ -110,42 +96,23 @@ class EMModule(L.LightningModule):
                 for master, base in zip(self._masters, self._base, strict=False):
                     master.copy_(base)
         if self.m_step.optimizer == "reset":
-            optimizer.state.clear()
+            optimizer.optimizer.state.clear()
             schedule: Any = self.lr_schedulers()
             schedule.last_epoch = 0
 
-    def _optimizer(self) -> Optimizer:
-        optimizer: Any = self.optimizers()
-        return optimizer.optimizer
-
     def training_step(self, step: Step, batch_idx: int) -> None:
-        """One optimizer step of the filtered gradient update, paper eq. for the M-step: Σᵢ rᵢ ∇ log π(ẑᵢ, ŷᵢ | xᵢ; θ).
+        """One optimizer step of the filtered gradient update.
 
         Raises:
             UserError: loss or gradient is not finite; the optimizer step is not taken and the message names the questions.
         """
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nll, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
-        for batch in step.batches:
-            batch = batch.to(self.device)
-            logprobs = token_logprobs(self.model, batch.input_ids, batch.completion_mask)
-            per_row = torch.zeros_like(batch.weights).index_add(0, batch.row_of_token, -logprobs)
-            loss = (per_row * batch.weights).sum()
-            if not torch.isfinite(loss):
-                raise _not_finite("loss", batch_idx, [batch.question_ids])
-            loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
-            nll += per_row.detach().sum()
-            tokens += len(logprobs)
-        if not self._any_rank(bool(step.batches)):
+        totals = ranks.total(accumulate(self.model, step, self.device, batch_idx))
+        if not totals[1]:
             return  # an iteration skipped for want of accepted rationales
-        self._reduce_gradients(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise _not_finite("gradient", batch_idx, [b.question_ids for b in step.batches])
-        if self.m_step.max_grad_norm is not None and norm > self.m_step.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.m_step.max_grad_norm, norm)
+        ranks.sum_gradients(parameters)
+        norm = clip(parameters, self.m_step.max_grad_norm, step, batch_idx)
         schedule: Any = self.lr_schedulers()
         left = 1 - batch_idx / float(self.trainer.num_training_batches) if self.m_step.decay else 1.0
         for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
@@ -153,83 +120,32 @@ class EMModule(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        totals = self._reduce(torch.tensor([float(nll), float(tokens)], dtype=torch.float64))
-        self._sums = {
-            "nll": self._sums["nll"] + float(totals[0]),
-            "tokens": self._sums["tokens"] + float(totals[1]),
-            "steps": self._sums["steps"] + 1,
-        }
+        self._sums, self._steps = self._sums + totals.cpu(), self._steps + 1
         values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
 
     def finish_m_step(self) -> dict[str, Any]:
         """This iteration's M-step: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds; closed once asked."""
         if not self.m_step_record:
-            sums = self._sums
+            nll, tokens = self._sums.tolist()
             self.m_step_record = {
-                "nll": sums["nll"] / sums["tokens"] if sums["tokens"] else None,
-                "steps": int(sums["steps"]),
-                "tokens": int(sums["tokens"]),
+                "nll": nll / tokens if tokens else None,
+                "steps": self._steps,
+                "tokens": int(tokens),
                 "seconds": self._watch.seconds,
             }
         return self.m_step_record
 
-    # ---- ranks -----------------------------------------------------------------------------------------------------------------------
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        if dist.is_available() and dist.is_initialized():
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values
-
-    def _any_rank(self, value: bool) -> bool:
-        return bool(self._reduce(torch.tensor([float(value)]))[0] > 0)
-
-    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over ranks. The weights of a step's rationales already hold the normalisation, so it is a sum, not a mean."""
-        if dist.is_available() and dist.is_initialized():
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks, on every rank."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return items
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
-
-    # ---- evaluation by generation ----------------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
     def evaluate(self, questions: list[Question], label: str, n_examples: int = 0) -> tuple[dict[str, Any], list[Prediction]]:
         """SCORE and predictions of this rank's `questions` together with all other ranks'."""
-        watch = Stopwatch()
-        with bar(label, len(questions), "questions", enabled=self.global_rank == 0) as progress:
-            mine = predict(
-                questions,
-                self.engine,
-                self.prompts,
-                self.tokenizer,
-                max_new_tokens=self.max_new_tokens,
-                n_examples=n_examples,
-                forced=self.forced,
-                bar=progress,
-            )
-        predictions = sorted(self.gather(mine), key=lambda p: p.question_id)
-        return score(predictions, watch.seconds, self.forced), predictions
+        return evaluation.evaluate(questions, (self.engine, self.prompts, self.tokenizer), self.evaluation, label, n_examples)
 
     def marginal(self, questions: list[Question], label: str) -> dict[str, float | None]:
-        """`log_marginal` with its standard error, from this rank's `questions` together with all other ranks'."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        # the questions were dealt out in turn, so the first few of all are the first few of each rank
-        mine = questions[: max(0, -(-(self.bound_questions - self.global_rank) // world))]
-        score_given = functools.partial(completion_logprobs, self.model)
-        with bar(label, len(mine), "questions", enabled=self.global_rank == 0) as progress:
-            parts = (self.engine, self.prompts, self.tokenizer, score_given)
-            bounds = marginal_bounds(mine, *parts, k=self.bound, max_new_tokens=self.max_new_tokens, seed=self.seed, bar=progress)
-        return summarize(sorted(self.gather(bounds), key=lambda b: b.question_id))
+        """`log_marginal` with its standard error, likewise."""
+        parts = (self.engine, self.prompts, self.tokenizer)
+        return evaluation.marginal(questions, self.model, parts, self.evaluation, self.seed, label)
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
         self.finish_m_step()
@@ -240,7 +156,7 @@ class EMModule(L.LightningModule):
 
     def _evaluation_step(self, questions: list[Question], split: str, label: str) -> None:
         self.scores[split], self.predictions[split] = self.evaluate(questions, label)
-        if self.bound and split == "validation":
+        if self.evaluation.bound and split == "validation":
             self.scores[split] |= self.marginal(questions, f"{label}, log-likelihood")
         values = {f"{split}/{k}": float(v) for k, v in self.scores[split].items() if isinstance(v, (int, float))}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, rank_zero_only=False, batch_size=1)
@@ -248,8 +164,7 @@ class EMModule(L.LightningModule):
     # ---- checkpoints -----------------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainable = {f"model.{name}" for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoints.keep_trainable(checkpoint, self.model)
         if "optimizer_states" not in checkpoint:
             return  # weights alone
         # the optimizer is most of a checkpoint: not where nothing will read it
@@ -263,20 +178,5 @@ class EMModule(L.LightningModule):
             checkpoint["master_weights"] = [m.detach() for m in self._masters]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError where training would go on without the optimizer's state."""
-        if checkpoint.get("ended"):
-            done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            if self.trainer.max_epochs is None or self.trainer.max_epochs > done:
-                raise UserError(
-                    f"This run had come to its end after {done} iterations and, with keep_checkpoints=false, kept no optimizer to go on "
-                    f"with: finish it with trainer.max_epochs={done} and the token_budget it had, or begin again with overwrite=true."
-                )
+        checkpoints.refuse_ended(checkpoint, self.trainer.max_epochs)
         self._restored_masters = checkpoint.get("master_weights")
-
-
-def _not_finite(what: str, step: int, question_ids: Sequence[Sequence[str]]) -> UserError:
-    names = ", ".join(sorted({i for ids in question_ids for i in ids})[:20])
-    return UserError(
-        f"The {what} of optimizer step {step} is not finite (questions {names}); nothing was updated and the last checkpoint is intact: "
-        "lower optimizer.lr, set m_step.max_grad_norm, or use engine.dtype=float32."
-    )

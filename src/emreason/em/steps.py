@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
-from emreason.models.batches import Batch, Example, bucket, collate
-
-Normalize = Literal["questions", "rationales", "tokens"]
-
-
-@dataclass
-class Step:
-    """One optimizer step on this rank: some batches, whose gradients are summed; empty if the rank has nothing in this step."""
-
-    batches: list[Batch]
+from emreason.em.m_step import MStep
+from emreason.models.batches import Example, Step, bucket, collate
+from emreason.questions.prompts import Prompts
+from emreason.schemes.diagnostics import shares
+from emreason.schemes.samplers import training_ids
+from emreason.types import Question, Rationale, UserError
 
 
 def make_steps(
     examples: Sequence[Example],
     n_questions: int,
+    settings: MStep,
     *,
-    epochs: int,
-    batch_size: int,
-    tokens_per_batch: int,
-    normalize: Normalize,
     pad_id: int,
     seed: int,
     rank: int = 0,
@@ -34,7 +26,7 @@ def make_steps(
 ) -> list[Step]:
     """The M-step of one iteration as optimizer steps; every rank gets equally many.
 
-    How a step is weighed (`normalize`), with B = `batch_size`:
+    How a step is weighed (`settings.normalize`), with B = `settings.batch_size`:
 
     - `questions`: a step covers B *questions*, those without an accepted rationale contribute zero, and the sum is divided by B. It is
       the minibatch estimate of the paper's update Σᵢ rᵢ ∇log π / n: a scheme that accepts little also moves little. Where a scheme keeps
@@ -48,30 +40,66 @@ def make_steps(
     """
     shuffle = random.Random(seed)
     steps = []
-    for _ in range(epochs):
-        for members in _epoch(examples, n_questions, batch_size, normalize, shuffle):
-            if normalize == "questions":
-                denominator = float(batch_size)
-            elif normalize == "rationales":
-                denominator = float(len(members))
-            else:
-                denominator = float(sum(len(e.completion_ids) for e in members))
+    for _ in range(settings.epochs):
+        for members in _epoch(examples, n_questions, settings, shuffle):
+            denominator = {
+                "questions": settings.batch_size,
+                "rationales": len(members),
+                "tokens": sum(len(e.completion_ids) for e in members),
+            }[settings.normalize]
             mine = sorted(members, key=len)[rank::world_size]
-            steps.append(Step([collate(c, [e.weight / denominator for e in c], pad_id) for c in bucket(mine, tokens_per_batch)]))
+            steps.append(Step([collate(c, [e.weight / denominator for e in c], pad_id) for c in bucket(mine, settings.tokens_per_batch)]))
     return steps
 
 
-def _epoch(
-    examples: Sequence[Example], n_questions: int, batch_size: int, normalize: Normalize, shuffle: random.Random
-) -> list[list[Example]]:
+def _epoch(examples: Sequence[Example], n_questions: int, settings: MStep, shuffle: random.Random) -> list[list[Example]]:
     """One pass: the members of each optimizer step. Steps without any member are left out."""
     slots = [[example] for example in examples]
-    if normalize == "questions":
+    if settings.normalize == "questions":
         of_question: dict[str, list[Example]] = {}
         for example in examples:
             of_question.setdefault(example.question_id, []).append(example)
         slots = [*of_question.values(), *([] for _ in range(n_questions - len(of_question)))]
     shuffle.shuffle(slots)
-    chunks = [slots[i : i + batch_size] for i in range(0, len(slots), batch_size)]
+    chunks = [slots[i : i + settings.batch_size] for i in range(0, len(slots), settings.batch_size)]
     members = [[e for slot in chunk for e in slot] for chunk in chunks]
     return [chunk for chunk in members if chunk]
+
+
+def steps_of(
+    attempts: Sequence[Rationale],
+    questions: Mapping[str, Question],
+    n_questions: int,
+    prompts: Prompts,
+    settings: MStep,
+    *,
+    seed: int,
+    iteration: int,
+    rank: int,
+    world_size: int,
+) -> list[Step]:
+    """The M-step of what an E-step drew: plain prompt, then the sampled ids, of every attempt that counts.
+
+    Args:
+        questions: by id.
+        n_questions: of the E-step.
+        seed: the run's.
+
+    Raises:
+        UserError: nothing was accepted and `settings.on_zero_accepted` is `error`.
+    """
+    kept = [r for r in attempts if r.weight != 0]
+    if not kept:
+        # accepted, and yet nothing to learn: under `rloo` and `trice` where every draw is as good as the others
+        if settings.on_zero_accepted == "skip" or any(r.accepted for r in attempts):
+            return [Step([])]  # no loader at all would end the fit without a word
+        raise UserError(
+            f"E-step {iteration}: none of {n_questions} questions was answered correctly in {len(attempts)} attempts "
+            f"({shares(attempts)}); raise sampler.budget or sampler.max_new_tokens, show worked examples (sampler.worked_examples=2), "
+            "or set m_step.on_zero_accepted=skip."
+        )
+    eos, pad = prompts.tokenizer.eos_token_id, prompts.tokenizer.pad_token_id
+    examples = [Example(r.question_id, prompts.ids(questions[r.question_id]), training_ids(r, eos), r.weight) for r in kept]
+    own = int.from_bytes(hashlib.blake2b(f"{seed}/{iteration}".encode(), digest_size=4).digest(), "little")
+    ranks = {"rank": rank, "world_size": world_size}
+    return make_steps(examples, n_questions, settings, pad_id=eos if pad is None else pad, seed=own, **ranks)

@@ -10,19 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emreason.models.masters import dithered
+
 PACK_ROWS = 512
 """Row count that packed weights are laid out for; measured best or equal from 4 rows to 512."""
 
 
 def _weight(module: Any, dtype: torch.dtype) -> Tensor:
-    """The effective weight [out, in]: the base weight plus scale · B A of each active adapter, summed in float32."""
+    """The effective weight [out, in]: the base weight plus scale · B A of each active adapter, summed in float32.
+
+    In bfloat16 rounded as masters are published: to nearest, most of what a few steps taught an adapter would be lost here.
+    """
     if type(module) is nn.Linear:
         return module.weight.to(dtype)
     weight = module.get_base_layer().weight
     active = [] if module.merged or module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
     for a in active:
         weight = weight.float() + module.scaling[a] * (module.lora_B[a].weight.float() @ module.lora_A[a].weight.float())
-    return weight.to(dtype)
+    return dithered(weight) if active and dtype == torch.bfloat16 else weight.to(dtype)
 
 
 @functools.cache

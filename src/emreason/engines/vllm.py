@@ -22,6 +22,7 @@ from torch import nn
 from emreason.engines.inprocess import eos_token_ids
 from emreason.models.families import base_causal_lm
 from emreason.models.loading import drop_quantization
+from emreason.models.masters import dithered
 from emreason.types import Completion, Request, UserError
 
 SHARD_BYTES = 2**31
@@ -216,7 +217,8 @@ class VllmEngine:
         shard: dict[str, torch.Tensor] = {}
         size, number = 0, 0
         for name, tensor in merged_weights(self.model):
-            shard[name] = tensor.to(device="cpu", dtype=self.dtype).contiguous().clone()
+            merged = tensor.dtype == torch.float32 and self.dtype == torch.bfloat16
+            shard[name] = (dithered(tensor) if merged else tensor).to(device="cpu", dtype=self.dtype).contiguous().clone()
             size += shard[name].nbytes
             if size >= SHARD_BYTES:
                 save_file(shard, folder / f"model-{number}.safetensors", {"format": "pt"})

@@ -47,6 +47,13 @@ class Batch:
         return self.completion_mask.nonzero()[:, 0]
 
 
+@dataclass
+class Step:
+    """One optimizer step on this rank: some batches, whose gradients are summed; empty if the rank has nothing in this step."""
+
+    batches: list[Batch]
+
+
 def collate(examples: Sequence[Example], weights: Sequence[float], pad_id: int) -> Batch:
     """Pad `examples` on the right to one length."""
     length = max(map(len, examples))

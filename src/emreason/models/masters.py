@@ -37,7 +37,6 @@ def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor
     return masters
 
 
-@torch.no_grad()
 def publish(masters: Sequence[Tensor], parameters: Sequence[Tensor], seed: int) -> None:
     """Write each master into its bfloat16 parameter, rounded up or down so that it is right in expectation.
 
@@ -49,24 +48,30 @@ def publish(masters: Sequence[Tensor], parameters: Sequence[Tensor], seed: int) 
     """
     for number, (master, parameter) in enumerate(zip(masters, parameters, strict=True)):
         key = int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
-        functions = library(torch.bfloat16) if parameter.device.type == "cpu" else None
-        if functions is None or not (master.is_contiguous() and parameter.is_contiguous()):
-            parameter.copy_(dithered(master, key))
-        else:
-            functions.publish(master.data_ptr(), parameter.data_ptr(), master.numel(), key)
+        dithered(master, key, out=parameter)
 
 
-def dithered(values: Tensor, key: int) -> Tensor:
-    """float32 `values` rounded up or down to bfloat16, as `publish` in kernels.c does."""
+@torch.no_grad()
+def dithered(values: Tensor, key: int = 0, out: Tensor | None = None) -> Tensor:
+    """float32 `values` rounded up or down to bfloat16 by a hash of (key, index), into `out` if given; the same bits on every device."""
+    out = torch.empty_like(values, dtype=torch.bfloat16) if out is None else out
+    functions = library(torch.bfloat16) if values.device.type == "cpu" else None
+    if functions is None or not (values.is_contiguous() and out.is_contiguous()):
+        return out.copy_(_by_torch(values, key))
+    functions.publish(values.data_ptr(), out.data_ptr(), values.numel(), key)
+    return out
+
+
+def _by_torch(values: Tensor, key: int) -> Tensor:
     flat = values.contiguous().view(torch.int32).flatten()
-    out = torch.empty_like(flat, dtype=torch.int16)
+    rounded = torch.empty_like(flat, dtype=torch.int16)
     for begin in range(0, len(flat), _CHUNK):
         part = flat[begin : begin + _CHUNK]
-        h = torch.arange(begin, begin + len(part), device=flat.device) + key  # int64: the products wrap at 2³² by hand
+        h = torch.arange(begin, begin + len(part), device=flat.device) + key  # int64: what is over 2³² is cut off by hand
         h = (_low(h) ^ (_low(h) >> 16)) * 0x7FEB352D
         h = (_low(h) ^ (_low(h) >> 15)) * 0x846CA68B
-        out[begin : begin + _CHUNK] = ((part.long() + (_low(h) >> 16)) >> 16).to(torch.int16)
-    return out.view(torch.bfloat16).view(values.shape)
+        rounded[begin : begin + _CHUNK] = ((part.long() + (_low(h) >> 16)) >> 16).to(torch.int16)
+    return rounded.view(torch.bfloat16).view(values.shape)
 
 
 _CHUNK = 1 << 22

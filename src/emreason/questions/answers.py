@@ -7,7 +7,9 @@ statement decides, and a malformed last statement is no answer: a false positive
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from emreason.types import Question, UserError
 
@@ -73,6 +75,11 @@ def answer_line_complete(text: str, question: Question) -> bool:
     ended = text[: text.rfind("\n") + 1]
     statement = _last_statement(ended)
     return statement is not None and statement["line"] is not None and _parse(ended, statement, question) is not None
+
+
+def stop_at_answer(question: Question, tokenizer: Any) -> Callable[[list[int]], bool]:
+    """The `stop` of a request: whether the tokens so far hold a complete answer line."""
+    return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
 
 
 def statement_start(text: str) -> int | None:

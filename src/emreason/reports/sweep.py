@@ -1,21 +1,70 @@
-"""The end of a Hydra multirun: its jobs compared, the failed ones named; and what a multirun refuses to begin."""
+"""What a Hydra multirun adds to its jobs: those of several ranks run apart, one that fails does not stop the others, and the comparison
+is printed at the end."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
+import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from emreason.progress import console
 from emreason.runs.checks import check_config_for_secrets, ranks_started
 from emreason.runs.console import EXPECTED, one_sentence
+from emreason.runs.interrupt import leave_with_launcher
 from emreason.runs.summary import read_summary
 from emreason.types import UserError, plain
+
+
+def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """`train` as a job of a sweep; its summary, empty if it failed: the other jobs go on, and the sweep ends with this failure."""
+    leave_with_launcher()
+    if several_ranks(cfg):
+        return run_apart(folder, HydraConfig.get().overrides.task)
+    try:
+        summary = train(cfg, folder)
+    except Exception as error:
+        known = isinstance(error, EXPECTED)
+        console().print(f"Failed: {folder}: {one_sentence(error)}" if known else traceback.format_exc(), highlight=False)
+        return {}
+    console().print(f"Run folder: {folder}", highlight=False)
+    return summary
+
+
+def several_ranks(cfg: DictConfig) -> bool:
+    """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
+    import torch
+
+    devices = cfg.trainer.get("devices", 1)
+    if devices in (-1, "auto"):
+        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
+    return (devices > 1 or cfg.trainer.get("num_nodes", 1) > 1) and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
+
+
+def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One job of a sweep as a command of its own; returns its summary.
+
+    Lightning starts the other ranks with this process's own command line: inside a sweep each of them would begin the whole sweep again.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = ("--config-dir", "--config-name", "--config-path")
+    for short, flag in zip(("-cd", "-cn", "-cp"), flags, strict=True):
+        parser.add_argument(short, flag)
+    given = vars(parser.parse_known_args()[0])
+    options = [f"{flag}={value}" for flag in flags if (value := given[flag.removeprefix("--").replace("-", "_")])]
+    command = [sys.executable, "-m", "emreason.train", *options, *overrides, f'hydra.run.dir="{folder}"']
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's
+    return read_summary(folder)
 
 
 class SweepTable(Callback):
@@ -100,7 +149,7 @@ def show_plan(config: DictConfig) -> None:
     from emreason.runs.plan import plan
 
     try:
-        run = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        run = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         lines = plan(run, Path(config.hydra.run.dir)).split("\n")
     except EXPECTED as error:
         raise SystemExit(f"error: {one_sentence(error)}") from error

@@ -100,38 +100,18 @@ def _pair_record(pair: Pair) -> dict[str, object]:
 
 def _run_records(run: Run) -> list[dict[str, object]]:
     """A run as flat CSV records, one per iteration (one in all where none is done), the run's own numbers repeated on each."""
-    shared: dict[str, object] = {
-        "folder": run.place,
-        "dataset": run.dataset,
-        "model": run.model,
-        "scheme": run.label,
-        "seed": run.seed,
-        "status": run.status,
-        "problem": run.problem,
-        "zero_shot": run.zero_shot.accuracy if run.zero_shot else None,
-        "few_shot": run.few_shot.accuracy if run.few_shot else None,
-        "validation_before": run.start.accuracy if run.start else None,
-        "test": run.test.accuracy if run.test else None,
-        "test_low": run.test.low if run.test else None,
-        "test_high": run.test.high if run.test else None,
-        "test_forced": run.test.forced_accuracy if run.test else None,
-        "test_extraction_rate": run.test.extraction_rate if run.test else None,
-        "test_n": run.test.n if run.test else None,
-        "run_seconds": run.seconds,
-        "peak_memory_bytes": run.peak_memory_bytes,
-    }
-    names = ["iteration", "acceptance", "chance_acceptance", "tokens", "seconds", "rationale_tokens", "errored", "validation"]
-    rows = [
-        [
-            i.index,
-            i.acceptance,
-            i.chance,
-            i.tokens,
-            i.seconds,
-            i.rationale_tokens,
-            i.errored,
-            i.validation.accuracy if i.validation else None,
-        ]
+    shared: dict[str, object] = {"folder": run.place, "dataset": run.dataset, "model": run.model, "scheme": run.label, "seed": run.seed}
+    shared |= {"status": run.status, "problem": run.problem}
+    scores = {"zero_shot": run.zero_shot, "few_shot": run.few_shot, "validation_before": run.start, "test": run.test}
+    shared |= {name: score.accuracy if score else None for name, score in scores.items()}
+    tested = {"low": "low", "high": "high", "forced": "forced_accuracy", "extraction_rate": "extraction_rate", "n": "n"}
+    shared |= {f"test_{name}": getattr(run.test, attribute, None) for name, attribute in tested.items()}
+    shared |= {"run_seconds": run.seconds, "peak_memory_bytes": run.peak_memory_bytes}
+    columns = {"iteration": "index", "acceptance": "acceptance", "chance_acceptance": "chance"}
+    columns |= {name: name for name in ("tokens", "seconds", "rationale_tokens", "errored")}
+    rows: list[dict[str, object]] = [
+        {name: getattr(i, attribute) for name, attribute in columns.items()}
+        | {"validation": i.validation.accuracy if i.validation else None}
         for i in run.iterations
     ]
-    return [shared | dict(zip(names, row, strict=True)) for row in rows or [[None] * len(names)]]
+    return [shared | row for row in rows or [dict.fromkeys([*columns, "validation"])]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from emreason.models.sizes import describe
 from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import check_plain, check_values
+from emreason.runs.checks import check_plain, check_values, try_optimizer
 from emreason.runs.console import quiet
+from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ MAY_CHANGE = (
 
 @dataclass
 class Experiment:
-    """The parts of a run or an evaluation."""
+    """The parts of a run or an evaluation that take long to make."""
 
     dataset: Dataset
     prompts: Prompts
@@ -58,23 +60,81 @@ class Experiment:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the config says of a run, read and checked before anything is loaded.
+
+    Attributes:
+        text: all of it, resolved, as YAML.
+        trainer, logger: make the Trainer, and the logger or None.
+        build: makes the `Experiment`; see the function.
+    """
+
+    identity: dict[str, Any]
+    text: str
+    seed: int
+    overwrite: bool
+    quiet: bool
+    keep_checkpoints: bool
+    token_budget: int | None
+    rationale_rows: int
+    max_epochs: int
+    scheme: Scheme
+    m_step: Any
+    evaluation: Any
+    optimizer: Callable[..., Any]
+    trainer: Callable[..., Any]
+    logger: Callable[[], Any]
+    build: Callable[[str | None], Experiment]
+
+
+def read(cfg: DictConfig) -> Settings:
+    """Read a training config; nothing else of a run does.
+
+    Raises:
+        UserError, HydraException: a value is not allowed.
+    """
+    load_libraries(cfg)
+    make = hydra.utils.instantiate
+    optimizer = make(cfg.optimizer)
+    try_optimizer(optimizer)
+    return Settings(
+        identity(cfg),
+        OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
+        **{key: cfg[key] for key in ("seed", "overwrite", "quiet", "keep_checkpoints", "token_budget", "rationale_rows")},
+        max_epochs=cfg.trainer.max_epochs,
+        scheme=make(cfg.sampler),
+        m_step=make(cfg.m_step),
+        evaluation=make(cfg.evaluation),
+        optimizer=optimizer,
+        trainer=make(cfg.trainer, _partial_=True),
+        logger=lambda: make(cfg.logger) if cfg.logger else None,
+        build=lambda dtype: build(cfg, dtype),
+    )
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What a run is, for its summary."""
+    names = {"dataset": cfg.dataset.name, "model": cfg.model.name, "sampler": cfg.sampler.name, "seed": cfg.seed}
+    return names | {"scheme": cfg.sampler.display, "budget": cfg.sampler.budget, "tag": cfg.tag}
+
+
 def load_libraries(cfg: DictConfig) -> None:
-    """Check the config, say what will run, and import what is large.
+    """Check the config, say what it is about, and import what is large.
 
     Raises:
         UserError: as `check_values`.
     """
     check_plain(cfg)
     if rank() == 0:
-        line = f"Model {describe(cfg.model.name, cfg.model.load)}, dataset {cfg.dataset.name}"
-        say(line)
+        say(f"Model {describe(cfg.model.name, cfg.model.load)}, dataset {cfg.dataset.name}")
     with doing("Loading PyTorch, Lightning and transformers"):
         quiet()
         check_values(cfg)
 
 
 @out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
-def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None) -> Experiment:  # noqa: ARG001
+def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     """Load data first (its errors are cheap), then the model.
 
     Args:
@@ -93,7 +153,6 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     with doing(f"Reading dataset {cfg.dataset.name}") as reading:
         reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
-    hydra.utils.instantiate(cfg.sampler)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
     wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
     if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
@@ -110,11 +169,6 @@ def build(cfg: DictConfig, folder: Path | None = None, dtype: str | None = None)
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
-
-
-def resolve(cfg: DictConfig) -> str:
-    """The config with every interpolation resolved, as YAML."""
-    return OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
 
 
 def check_same_config(folder: Path, config: str) -> None:

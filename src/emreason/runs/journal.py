@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from emreason.types import Rationale, UserError
+from emreason.types import Question, Rationale, UserError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -178,6 +178,11 @@ def rationale_from(record: dict[str, Any]) -> Rationale:
     values = {name: record[name] for name in RATIONALE_FIELDS if name in record}
     values["token_ids"] = tuple(values["token_ids"])
     return Rationale(**values)
+
+
+def journal_record(question: Question, rationale: Rationale) -> dict[str, Any]:
+    """A journal line: the attempt, and the question and gold answer for whoever reads it."""
+    return {**dataclasses.asdict(rationale), "question": question.text, "gold": question.answer}
 
 
 @contextlib.contextmanager

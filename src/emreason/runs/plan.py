@@ -14,10 +14,10 @@ from emreason.progress import doing
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
-from emreason.runs.experiment import check_same_config, resolve
+from emreason.runs.experiment import check_same_config
 from emreason.runs.summary import read_summary
 from emreason.schemes.samplers import Scheme
-from emreason.types import Question, UserError
+from emreason.types import Question, Split, UserError
 
 TRAIN = "emreason.train.run"
 
@@ -69,7 +69,7 @@ def _prompts(prompts: Prompts, question: Question, scheme: Scheme) -> list[str]:
     return [*lines, f"  gold answer: {question.answer}"]
 
 
-def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[str, int]) -> list[str]:
+def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list[str]:
     asked = max(1, round(scheme.share * sizes["train"])) if scheme.choose == "adaptive" else sizes["train"]
     draws = asked * len(scheme.tries)
     # what a step covers: questions, accepted or not, or rationales
@@ -110,7 +110,8 @@ def _state(cfg: DictConfig, folder: Path) -> str:
     if cfg.overwrite:
         return f"{before.get('status')}; overwrite=true begins it again"
     try:
-        check_same_config(folder, resolve(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "logger"])))
+        compared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "logger"])  # which is free to change
+        check_same_config(folder, OmegaConf.to_yaml(compared, resolve=True))
     except UserError as error:
         return f"would be refused: {error}"
     done = len(before.get("iterations", []))

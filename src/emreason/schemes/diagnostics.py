@@ -1,13 +1,18 @@
-"""What accepted rationales look like: whether they reason before they answer, repeat one another, or lean on the hint."""
+"""What an E-step's attempts amount to, and what accepted rationales look like: whether they reason before they answer, repeat one another,
+or lean on the hint."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from emreason.questions.answers import statement_start
-from emreason.schemes.samplers import is_trivial
-from emreason.types import Rationale
+from emreason.schemes.samplers import Scheme, is_trivial
+from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized
+from emreason.scores.scoring import mean
+from emreason.scores.stats import chance_acceptance
+from emreason.types import Question, Rationale
 
 _HINT = re.compile(
     r"\bhint(?:s|ed)?\b|\b(?:given|provided|stated)\s+answer\b|\banswer\s+(?:is|was)\s+(?:given|provided|stated)\b", re.IGNORECASE
@@ -45,3 +50,62 @@ def describe(accepted: Sequence[Rationale]) -> dict[str, float | None]:
         "hint_mention_rate": sum(mentions_hint(r.text) for r in accepted) / n,
         "distinct_rate": len({reasoning(r.text) for r in accepted}) / n,
     }
+
+
+def e_step_record(
+    iteration: int, questions: Sequence[Question], attempts: Sequence[Rationale], scheme: Scheme, seconds: float
+) -> dict[str, Any]:
+    """The E-step's numbers. Every question is accepted, rejected or errored; every sampled token is charged, discarded or not.
+
+    `chance_acceptance` is what a uniform guesser over the choices would reach with the same number of tries; None for free answers.
+    """
+    accepted = [r for r in attempts if r.accepted]
+    solved = {r.question_id for r in accepted}
+    errored = {r.question_id for r in attempts if r.finish_reason == "error"}
+    first = [r for r in attempts if r.attempt == 1]
+    chances = [chance_acceptance(len(q.choices), scheme.n_tries(iteration)) for q in questions if q.choices]
+    trivial = [r for r in accepted if is_trivial(r.text)]
+    return {
+        "iteration": iteration,
+        "questions": len(questions),
+        "accepted": len(solved),
+        "rejected": len(questions) - len(solved | errored),
+        "errored": len(errored - solved),
+        "rationales": sum(r.weight > 0 for r in accepted),
+        "rejected_trained": sum(r.weight < 0 for r in attempts),
+        "attempts": len(attempts),
+        "acceptance_rate": len(solved) / len(questions),
+        "first_try_rate": sum(r.accepted for r in first) / len(questions),
+        "chance_acceptance": mean(chances),
+        "extraction_rate": mean(r.answer is not None for r in attempts),
+        "truncated_rate": mean(r.finish_reason == "length" for r in attempts),
+        **describe(accepted),
+        "trivial_tokens_mean": mean(r.n_tokens for r in trivial),
+        "tokens": sum(r.n_tokens for r in attempts),
+        "rationale_tokens_mean": mean(r.n_tokens for r in accepted),
+        **_importance_record(accepted, scheme),
+        "seconds": seconds,
+    }
+
+
+def _importance_record(accepted: Sequence[Rationale], scheme: Scheme) -> dict[str, float | None]:
+    """Of the questions with a correct draw: the mean effective sample size of the K weights, and the importance-sampling estimate of
+    log π(y*|x). Questions without one would enter the latter as −∞, so it is too high by what they are worse.
+    """
+    if not scheme.weighs_by_importance:
+        return {}
+    groups: dict[str, list[Rationale]] = {}
+    for rationale in accepted:
+        groups.setdefault(rationale.question_id, []).append(rationale)
+    return {
+        "effective_sample_size": mean(effective_sample_size(normalized(group, scheme)) for group in groups.values()),
+        "log_marginal_iw": mean(log_mean_weight(group, scheme) for group in groups.values()),
+    }
+
+
+def shares(attempts: Sequence[Rationale]) -> str:
+    """Why attempts fail, in words."""
+    n = max(len(attempts), 1)
+    without = sum(r.answer is None for r in attempts) / n
+    truncated = sum(r.finish_reason == "length" for r in attempts) / n
+    return f"{without:.0%} had no answer line, {truncated:.0%} were truncated"

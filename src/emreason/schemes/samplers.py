@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from emreason.questions.answers import answer_line_complete, extract
+from emreason.questions.answers import extract, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROPOSALS = ("question", "rationalization")
-WEIGHTS = ("rationales", "questions", "importance", "resample", "rloo", "trice")
 
 
 @dataclass
@@ -73,8 +72,6 @@ class Scheme:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int) or self.budget < 1:
-            raise UserError(f"sampler.budget={self.budget!r}: the number of tries must be a whole number of at least 1.")
         for proposal, tries in self.proposals.items():
             if proposal not in PROPOSALS:
                 raise UserError(f"sampler.proposals: {proposal!r} is not known; use {' and '.join(PROPOSALS)}.")
@@ -82,17 +79,11 @@ class Scheme:
                 raise UserError(f"sampler.proposals.{proposal}={tries!r}: the number of tries must be a whole number of at least 0.")
         if not self.tries:
             raise UserError("sampler.proposals: there is no try at all; give at least one proposal one try.")
-        if self.temperature < 0 or (self.temperature == 0 and max(self.proposals.values()) > 1):
+        if self.temperature == 0 and max(self.proposals.values()) > 1:
             raise UserError(
                 f"sampler.temperature={self.temperature}: it must be above 0 (greedy draws of one prompt are all the same); "
                 "0 is allowed with a single try per proposal only."
             )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampler.top_p={self.top_p}: it must lie in (0, 1].")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise UserError(f"sampler.max_new_tokens={self.max_new_tokens!r}: it must be a whole number of at least 1.")
-        if self.worked_examples < 0 or (self.worked_examples_iterations is not None and self.worked_examples_iterations < 0):
-            raise UserError("sampler.worked_examples and sampler.worked_examples_iterations must be at least 0 (or null: always).")
         try:
             callable_ = callable(pkgutil.resolve_name(self.reward))
         except (ValueError, ImportError, AttributeError):
@@ -101,12 +92,6 @@ class Scheme:
             raise UserError(
                 f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums or well_formed."
             )
-        if not isinstance(self.keep, int) or self.keep < 1:
-            raise UserError(f"sampler.keep={self.keep!r}: it must be a whole number of at least 1.")
-        if self.weigh not in WEIGHTS:
-            raise UserError(f"sampler.weigh={self.weigh!r} is not known; use {', '.join(WEIGHTS)}.")
-        if self.truncate is not None and self.truncate < 1:
-            raise UserError(f"sampler.truncate={self.truncate}: it must be at least 1 (times the mean weight), or null for no truncation.")
         if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
             raise UserError(
                 f"sampler.weigh={self.weigh} needs all draws, from the whole distribution: set sampler.keep={len(self.tries)}, "
@@ -123,10 +108,6 @@ class Scheme:
                 "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
                 "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
             )
-        if self.choose not in ("all", "adaptive"):
-            raise UserError(f"sampler.choose={self.choose!r} is not known; use all or adaptive.")
-        if not 0 < self.share <= 1:
-            raise UserError(f"sampler.share={self.share}: the share of the questions that an iteration samples must lie in (0, 1].")
         if self.choose == "adaptive" and self.weigh == "trice":
             raise UserError("sampler.choose=adaptive does not go with sampler.weigh=trice, which begins with a draw of every question.")
 
@@ -197,7 +178,7 @@ def sample(
             prompt_ids=prompts.ids(question, scheme.tries[attempt - 1], examples),
             params=scheme.params,
             seed=draw_seed(seed, iteration, question.id, attempt),
-            stop=(lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)) if scheme.stop_at_answer else None,
+            stop=stop_at_answer(question, tokenizer) if scheme.stop_at_answer else None,
         )
 
     queue: deque[Request] = deque()

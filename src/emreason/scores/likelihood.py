@@ -16,7 +16,7 @@ from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import evaluating
 from emreason.models.batches import Example, bucket, collate
 from emreason.progress import Bar
-from emreason.questions.answers import answer_line_complete, statement_start
+from emreason.questions.answers import statement_start, stop_at_answer
 from emreason.questions.prompts import ANSWER_CUE, Prompts
 from emreason.scores.scoring import mean, token_logprobs
 from emreason.types import Engine, Question, Request, SamplingParams
@@ -85,11 +85,8 @@ def marginal_bounds(
     by_id = {question.id: question for question in questions}
     params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
 
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
     queue = deque(
-        Request((q.id, i), prompts.ids(q, "question", n_examples), params, draw_seed(seed, BOUND, q.id, i), stop(q))
+        Request((q.id, i), prompts.ids(q, "question", n_examples), params, draw_seed(seed, BOUND, q.id, i), stop_at_answer(q, tokenizer))
         for q in questions
         for i in range(k)
     )

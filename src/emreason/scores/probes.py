@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from emreason.engines.drawing import draw_seed
-from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
 from emreason.scores.scoring import FORCED_TOKENS
@@ -62,15 +62,11 @@ def log_ratios(
     seed: int,
 ) -> list[Ratio]:
     """One draw per question from the plain prompt at temperature 1, scored under both weights; errors are left out."""
-    by_id = {q.id: q for q in questions}
-
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    queue = deque(Request(q.id, prompts.ids(q), params, draw_seed(seed, DIVERGENCE, q.id, 0), stop(q)) for q in questions)
-    drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
-    pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
+    seeds, params = {q.id: draw_seed(seed, DIVERGENCE, q.id, 0) for q in questions}, SamplingParams(max_new_tokens=max_new_tokens)
+    queue = deque(Request(q.id, prompts.ids(q), params, seeds[q.id], stop_at_answer(q, tokenizer)) for q in questions)
+    completions = [c for c in engine.generate(queue) if c.token_ids]
+    drawn = {str(c.request.key): c.token_ids for c in completions}
+    pairs = [(c.request.prompt_ids, c.token_ids) for c in completions]
     both = zip(drawn, score(pairs), score_base(pairs), strict=True)
     return [(i, ours - base, len(drawn[i])) for i, ours, base in both]
 

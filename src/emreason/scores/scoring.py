@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from emreason.models.families import base_causal_lm
 from emreason.models.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
-from emreason.questions.answers import answer_line_complete, correct, extract
+from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.stats import wilson
 from emreason.types import Completion, Engine, Question, Request, SamplingParams
@@ -64,10 +64,7 @@ def predict(
     by_id = {question.id: question for question in questions}
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
 
-    def stop(question: Question) -> Any:
-        return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
-
-    queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop(q)) for q in questions)
+    queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop_at_answer(q, tokenizer)) for q in questions)
     drawn: dict[str, Completion] = {}
     hits = 0
     for completion in engine.generate(queue):

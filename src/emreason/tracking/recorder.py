@@ -56,11 +56,12 @@ class Recorder(Callback):
             if split not in self.baseline_splits:
                 return None
             mine = questions[trainer.global_rank :: trainer.world_size]
-            key = (weights, module.prompts.fingerprint(), tuple(questions), n_examples, module.max_new_tokens, module.forced)
+            asked = module.evaluation
+            key = (weights, module.prompts.fingerprint(), tuple(questions), n_examples, asked.max_new_tokens, asked.forced)
             if key not in _MEASURED:
                 _MEASURED[key] = module.evaluate(mine, label, n_examples)
             score, predictions = _MEASURED[key]
-            if split == "validation" and module.bound:
+            if split == "validation" and asked.bound:
                 score = score | module.marginal(mine, f"{label}, log-likelihood")
             if trainer.is_global_zero:
                 shots = "few_shot" if n_examples else "zero_shot"

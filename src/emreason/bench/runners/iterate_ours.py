@@ -17,11 +17,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from emreason import train
 from emreason.bench.work import ITERATION, configured
-from emreason.em import module
-from emreason.em.checkpoint_io import AtomicCheckpointIO
+from emreason.em import m_step
+from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.em.e_step import EStep
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
+from emreason.runs import experiment
 
 WORK = ("decoding", "forward", "backward", "optimizer")
 """The rest of an iteration is overhead."""
@@ -116,11 +117,11 @@ def main(work: dict[str, Any], seed: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     cfg = configured(*work["iteration"]["overrides"], seed)
     with Clock() as clock:
-        clock.wrap(train, "build", "loading")
+        clock.wrap(experiment, "build", "loading")
         clock.wrap(AtomicCheckpointIO, "save_checkpoint", "checkpoints")
         clock.wrap(train, "export", "export")
         clock.wrap_generator(InProcessEngine, "generate", "decoding")
-        clock.wrap(module, "token_logprobs", "forward")
+        clock.wrap(m_step, "token_logprobs", "forward")
         clock.wrap(torch.Tensor, "backward", "backward")
         clock.wrap(LightningOptimizer, "step", "optimizer")
         clock.mark(EStep, "run")

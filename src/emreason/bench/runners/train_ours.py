@@ -15,8 +15,7 @@ import torch
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
-from emreason.em.steps import Step
-from emreason.models.batches import Example, bucket, collate
+from emreason.models.batches import Example, Step, bucket, collate
 from emreason.models.loading import load_pretrained
 from emreason.models.memory import keep_freed_memory, map_large_blocks
 
