@@ -77,7 +77,8 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     try:
         experiment = settings.build(read_summary(folder).get("dtype"))
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
-        _run(settings, folder, experiment, summary)
+        with doing(f"Run in {folder}", at_once=False):  # what no bar covers is heard as this
+            _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         summary.update(status="interrupted")
         raise
@@ -211,14 +212,14 @@ def _task(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
-    from emreason.reports.reading import collect
-    from emreason.reports.writing import print_runs
-
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         summary = run_job(train, cfg, folder)
     else:
         summary = train(cfg, folder)
         if rank() == 0:
+            from emreason.reports.reading import collect
+            from emreason.reports.writing import print_runs
+
             print_runs(collect([folder]), Console())
             print(f"Run folder: {folder}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)

@@ -69,22 +69,25 @@ def _prompts(prompts: Prompts, question: Question, scheme: Scheme) -> list[str]:
     return [*lines, f"  gold answer: {question.answer}"]
 
 
-def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list[str]:
-    asked = max(1, round(scheme.share * sizes["train"])) if scheme.choose == "adaptive" else sizes["train"]
+def at_most(cfg: DictConfig, scheme: Scheme, train: int) -> dict[str, int]:
+    """The work of one iteration on `train` questions, none of which may be answered, or every one at the last try."""
+    asked = max(1, round(scheme.share * train)) if scheme.choose == "adaptive" else train
     draws = asked * len(scheme.tries)
     # what a step covers: questions, accepted or not, or rationales
     slots = asked if cfg.m_step.normalize == "questions" else draws if scheme.weigh in ("rloo", "trice") else asked * scheme.keep
     steps = math.ceil(min(slots, draws) / cfg.m_step.batch_size) * cfg.m_step.epochs
+    return {"questions": asked, "draws": draws, "tokens": draws * scheme.max_new_tokens, "steps": steps}
+
+
+def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list[str]:
+    most = at_most(cfg, scheme, sizes["train"])
     budget = f"; none after {cfg.token_budget:,} tokens in all" if cfg.token_budget else ""
+    unit = "questions" if cfg.m_step.normalize == "questions" else "rationales"
     return [
-        f"  E-step: {asked:,} questions, {draws:,} draws, {draws * scheme.max_new_tokens:,} tokens{budget}",
-        f"  M-step: {steps:,} optimizer steps of {cfg.m_step.batch_size} {_unit(cfg)}, {cfg.m_step.epochs} epochs",
+        f"  E-step: {most['questions']:,} questions, {most['draws']:,} draws, {most['tokens']:,} tokens{budget}",
+        f"  M-step: {most['steps']:,} optimizer steps of {cfg.m_step.batch_size} {unit} (m_step.epochs={cfg.m_step.epochs})",
         f"  Validation: {sizes['validation']:,} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
     ]
-
-
-def _unit(cfg: DictConfig) -> str:
-    return "questions" if cfg.m_step.normalize == "questions" else "rationales"
 
 
 def _disk(cfg: DictConfig) -> str:
