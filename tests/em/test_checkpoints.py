@@ -7,7 +7,6 @@ import torch
 from omegaconf import OmegaConf
 from test_config import compose_config
 
-from emreason import train as training
 from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.runs.summary import read_summary
 from emreason.train import train
@@ -28,7 +27,7 @@ def killed(monkeypatch, folder, cfg):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "export", kill)
+        patch.setattr("emreason.models.loading.export", kill)
         with pytest.raises(KeyboardInterrupt):
             train(cfg, folder)
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
