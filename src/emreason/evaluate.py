@@ -6,6 +6,7 @@ import functools
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from emreason.progress import bar
-from emreason.questions.answers import correct, extract, stop_at_answer
+from emreason.questions.answers import correct, extract, gold_text, stop_at_answer
+from emreason.questions.grammar.thinking import said
 from emreason.runs import help
 from emreason.runs.console import report_errors
 from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
@@ -87,16 +89,17 @@ def sampled(
 
     by_id = {question.id: question for question in questions}
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
-    tokenizer, prompts = experiment.tokenizer, experiment.prompts
-    queue: deque[Request] = deque()
-    for q in questions:
-        prompt, stop = prompts.ids(q, "question", n_examples), stop_at_answer(q, tokenizer)
-        queue.extend(Request((q.id, i), prompt, scheme.params, draw_seed(seed, -1, q.id, i), stop) for i in range(k))
+    tokenizer = experiment.tokenizer
+    asked = ((q, experiment.prompts.ids(q, "question", n_examples)) for q in questions)
+    queue = deque(
+        Request((q.id, i), ids, scheme.params, draw_seed(seed, -1, q.id, i), stop_at_answer(q, tokenizer, ids))
+        for q, ids in asked
+        for i in range(k)
+    )
     with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
         for completion in experiment.engine.generate(queue):
             question = by_id[completion.request.key[0]]  # type: ignore[index]
-            text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-            answers[question.id].append(extract(str(text), question))
+            answers[question.id].append(extract(said(completion.token_ids, completion.request.prompt_ids, tokenizer), question))
             progress.update(1, len(completion.token_ids))
     hits = {key: sum(correct(a, by_id[key]) for a in given) for key, given in answers.items()}
     result = {f"pass@{i}": mean(pass_at_k(k, c, i) for c in hits.values()) for i in _powers(k)}
@@ -117,20 +120,29 @@ def _majority(answers: Sequence[str | None]) -> str | None:
 def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:
     """For each multiple-choice question the letter with the highest log π(" A" | prompt + "Answer:"); no reasoning.
 
+    Where the choice's text is the answer, its text takes the letter's place. The ids are those that follow the prompt in one encoding.
+
     Raises:
         UserError: a question has no choices.
     """
+    import numpy as np
     import torch
+
+    from emreason.engines.inprocess import common_prefix
 
     experiment.model.eval()
     best = []
-    cue = experiment.tokenizer.encode("Answer:", add_special_tokens=False)
     with bar("Evaluation, log-likelihood", len(questions), "questions") as progress:
         for question in questions:
             if not question.choices:
                 raise UserError("method=loglikelihood compares answer letters, but this dataset has no choices; use method=generate.")
-            prompt = [*experiment.prompts.ids(question, "question", n_examples), *cue]
-            letters = [experiment.tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in question.letters]
+            said_by = {letter: gold_text(replace(question, answer=letter)) for letter in question.letters}
+            ids = functools.partial(experiment.prompts.ids, question, "question", n_examples)
+            prompt = ids(tail="Answer:")
+            whole = [ids(tail=f"Answer: {text}") for text in said_by.values()]
+            begin = min(len(prompt), *(common_prefix(np.asarray(prompt), np.asarray(one)) for one in whole))
+            letters = [one[begin:] for one in whole]
+            prompt = prompt[:begin]
             with torch.no_grad():
                 best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
             progress.update(1, len(prompt))
@@ -141,19 +153,13 @@ def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continu
     """log π(continuation | prompt), nats, of each; single tokens share one forward pass of the prompt alone."""
     import torch
 
-    from emreason.scores.scoring import token_logprobs
+    from emreason.scores.likelihood import completion_logprobs
 
-    device = next(model.parameters()).device
     if all(len(ids) == 1 for ids in continuations):
-        logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
+        ids = torch.tensor([prompt], device=next(model.parameters()).device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         return logits.float().log_softmax(-1)[[ids[0] for ids in continuations]]
-    width = len(prompt) + max(map(len, continuations))
-    ids = torch.zeros((len(continuations), width), dtype=torch.long, device=device)
-    mask = torch.zeros((len(continuations), width), dtype=torch.bool, device=device)
-    for row, continuation in enumerate(continuations):
-        ids[row, : len(prompt) + len(continuation)] = torch.tensor([*prompt, *continuation])
-        mask[row, len(prompt) : len(prompt) + len(continuation)] = True
-    return torch.zeros(len(continuations), device=device).index_add(0, mask.nonzero()[:, 0], token_logprobs(model, ids, mask))
+    return torch.tensor(completion_logprobs(model, [(tuple(prompt), tuple(ids)) for ids in continuations]))
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

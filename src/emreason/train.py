@@ -23,7 +23,7 @@ from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
 from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic
-from emreason.runs.summary import Summary, read_summary, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, read_summary, tokens_drawn
 from emreason.types import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
-        experiment = settings.build(read_summary(folder).get("dtype"))
+        experiment = settings.build(summary.values["dtype"])
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
         with doing(f"Run in {folder}", at_once=False):  # what no bar covers is heard as this
             _run(settings, folder, experiment, summary)
@@ -101,7 +101,6 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     import lightning as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from emreason.em.checkpoints import iterations_in
     from emreason.em.datamodule import RationaleDataModule
@@ -111,20 +110,18 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     from emreason.tracking.dashboard import Iterations, wandb_runs
     from emreason.tracking.divergence import Divergence
     from emreason.tracking.m_step_bar import MStepBar
-    from emreason.tracking.recorder import Recorder, write_predictions
+    from emreason.tracking.recorder import Checkpoints, Recorder, write_predictions
     from emreason.tracking.samples import Samples
 
     L.seed_everything(settings.seed, workers=True, verbose=False)
-    last = folder / "checkpoints" / "last.ckpt"
-    done = iterations_in(last)
-    iterations_in(last.with_name("best.ckpt"))  # it is read at the end: better told now
+    checkpoints = Checkpoints(summary, folder)
+    done = iterations_in(checkpoints.last)
+    iterations_in(checkpoints.best)  # it is read at the end: better told now
     asked, questions = settings.evaluation, experiment.dataset.questions
     datamodule = RationaleDataModule(questions("validation"), questions("test"))
     parts = (experiment.model, experiment.tokenizer, experiment.engine, experiment.prompts)
     module = EMModule(*parts, settings.optimizer, settings.m_step, asked, settings.seed, settings.keep_checkpoints)
     few_shot = min(asked.few_shot, len(experiment.dataset.worked_examples()))
-    save = functools.partial(ModelCheckpoint, dirpath=folder / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
-    best = save(filename="best", monitor="validation/accuracy", mode="max", save_top_k=1, save_weights_only=True)
     trainer = _trainer(
         settings,
         folder,
@@ -137,19 +134,16 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
             Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
             MStepBar(),
             *([] if settings.quiet else [Samples(folder)]),
-            best,
-            save(filename="last", save_top_k=1, monitor=None),
+            checkpoints,
         ],
     )
-    trainer.fit(module, datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-    # no checkpoint: every iteration was skipped, the weights are the base model's
-    trainer.test(module, datamodule, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
+    trainer.fit(module, datamodule, ckpt_path=checkpoints.last if done else None, weights_only=True)
+    trainer.test(module, datamodule, ckpt_path=checkpoints.best, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         with doing(f"Writing {folder / 'model'}", at_once=False):
             export(module.model, module.tokenizer, folder / "model")
-        best_iteration = max(summary.values["iterations"], key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"]
-        summary.update(test=module.scores["test"], best_iteration=best_iteration)
+        summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
@@ -163,7 +157,7 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     from emreason.em.checkpoints import AtomicCheckpointIO
     from emreason.tracking.recorder import JsonlLogger
 
-    logger = settings.logger()
+    logger = settings.logger(folder)
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         settings.trainer,

@@ -24,7 +24,8 @@ class Question:
 
     For `kind == "choice"` the choices are shown under letters A, B, C, … in order and `answer` is the gold letter;
     for `number` and `text` there are no choices and `answer` is the gold string. `verify` overrides the comparison
-    of an extracted answer with the gold one (datasets that bring their own verifier).
+    of an extracted answer with the gold one (datasets that bring their own verifier). `aliases` are right, too. `answer_as`:
+    what a completion is asked for in a choice question, the letter or the choice's text (then no letters are shown).
     """
 
     id: str
@@ -33,6 +34,8 @@ class Question:
     kind: AnswerKind
     choices: tuple[str, ...] = ()
     verify: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
+    aliases: tuple[str, ...] = ()
+    answer_as: Literal["letter", "text"] = "letter"
 
     @property
     def letters(self) -> str:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from kills import metrics
 from omegaconf import OmegaConf
 from test_config import compose_config
+from test_train import assert_same, learned
+from transformers import AutoModelForCausalLM
 
 from emreason.em.checkpoints import AtomicCheckpointIO
+from emreason.em.module import EMModule
+from emreason.runs import experiment
 from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError
 
-SMALL = ["dataset.limit.train=40", "dataset.limit.validation=2", "dataset.limit.test=2", "evaluation.baseline=[]"]
+SMALL = ["dataset.limit.train=40", "dataset.limit.validation=3", "dataset.limit.test=2", "evaluation.baseline=[]"]
 
 
 def config(*overrides):
@@ -68,12 +74,74 @@ def test_a_budget_ends_a_run_like_max_epochs_does(tmp_path, monkeypatch):
     assert len(read_summary(tmp_path)["iterations"]) == 1
 
 
-def test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes(tmp_path):
-    reset = ["m_step.optimizer=reset", "engine.dtype=bfloat16"]
+def test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes(tmp_path, monkeypatch):
+    """And a precision that was measured is kept."""
+    asked: list[str] = []
+    monkeypatch.setattr(experiment, "choose_dtype", lambda name, _: asked.append(name) or torch.bfloat16)
+    reset = ["m_step.optimizer=reset", "engine.dtype=auto"]
     train(config(*reset, "trainer.max_epochs=1"), tmp_path / "parts")
     assert torch.load(tmp_path / "parts/checkpoints/last.ckpt", weights_only=True)["optimizer_states"] == []
     parts, whole = train(config(*reset), tmp_path / "parts"), train(config(*reset), tmp_path / "whole")
+    assert asked == ["auto", "bfloat16", "auto"]
     assert parts["iterations"][1]["m_step"]["nll"] == whole["iterations"][1]["m_step"]["nll"]
+
+
+def test_more_iterations_continue_a_finished_run(tmp_path):
+    """As if it had not been interrupted: weights, rationales, scores and metrics; what was done is not done again."""
+    more = ["trainer.max_epochs=4", "m_step.warmup_steps=60", "engine.dtype=float32"]  # of 80 optimizer steps
+    begun = train(config(*more, "trainer.max_epochs=2"), tmp_path / "parts")
+    with (tmp_path / "parts/metrics.jsonl").open("a") as lines:  # as if it had then been killed in the third
+        lines.write('{"iteration": 2, "step": 41, "m_step/nll": 9.9}\n')
+    parts = train(config(*more), tmp_path / "parts")
+    train(config(*more), tmp_path / "whole")
+    assert parts["iterations"][:2] == begun["iterations"]
+    assert [r["iteration"] for r in parts["iterations"]] == [0, 1, 2, 3]
+    one, other = (learned(tmp_path / name) for name in ("parts", "whole"))
+    assert_same(one, other)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert {r["question_id"] for r in one[1]} == {q.id for q in instantiate(config().dataset).questions("train")}
+    assert (parts["iterations"][0]["validation"]["n"], parts["test"]["n"]) == (3, 2)
+
+
+ACCURACIES = [0.25, 0.75, 0.5, 0.75]  # of iterations 0 …: the best is neither the first nor the last
+
+
+@pytest.fixture
+def scripted_validation(monkeypatch):
+    """Validation accuracies as above; the score of the test is the real one."""
+    evaluate = EMModule.evaluate
+
+    def scripted(self, questions, label, n_examples=0):
+        score, predictions = evaluate(self, questions, label, n_examples)
+        return score | ({"accuracy": ACCURACIES[self.current_epoch]} if label.startswith("Validation") else {}), predictions
+
+    monkeypatch.setattr(EMModule, "evaluate", scripted)
+
+
+def exported_is(folder, iteration):
+    best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert read_summary(folder)["best_iteration"] == best["epoch"] == iteration
+    assert all(torch.equal(exported[k.removeprefix("model.")], v) for k, v in best["state_dict"].items())
+
+
+@pytest.mark.usefixtures("scripted_validation")
+def test_a_run_folder_that_was_moved_goes_on_with_the_best_it_had(tmp_path, monkeypatch):
+    """Moved where it had been killed before the test, then moved again and extended."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    killed(monkeypatch, first, config())
+    for path in first.rglob("*"):
+        if path.is_file() and path.name != "config.yaml":  # W&B's folder, which may change
+            assert str(first).encode() not in path.read_bytes(), path
+    first.rename(second)
+    assert train(config(), second)["status"] == "finished"
+    exported_is(second, 1)
+    second.rename(third)
+    weights = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert len(train(config("trainer.max_epochs=4"), third)["iterations"]) == 4
+    exported_is(third, 1)
+    after = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[k], after[k]) for k in weights)
 
 
 def test_a_resumed_run_in_bfloat16_ends_at_the_same_bits(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import letters, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emreason.em.datamodule import RationaleDataModule
 from emreason.em.m_step import MStep
 from emreason.em.steps import make_steps
 from emreason.models.batches import Example, bucket, collate
@@ -62,6 +66,28 @@ def test_ranks_together_train_on_every_rationale_once_per_epoch(n, share, world,
         assert together == sorted(q for b in step.batches for q in b.question_ids)
     trained = sorted(q for s in alone for b in s.batches for q in b.question_ids)
     assert trained == sorted(epochs * [f"q{i:03d}" for i in range(accepted)])
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    def order(seed):
+        settings = MStep(epochs=2, batch_size=1, tokens_per_batch=20, normalize="rationales")
+        made = make_steps([example(i) for i in range(12)], 12, settings, pad_id=PAD, seed=seed)
+        ids = [q for s in made for b in s.batches for q in b.question_ids]
+        return ids[:12], ids[12:]
+
+    first, second = order(3)
+    assert len({tuple(ids) for ids in (first, second, sorted(first), *order(4))}) == 5
+    assert order(3) == (first, second)
+
+
+def test_each_rank_evaluates_its_share_of_the_split_that_is_asked_for():
+    data = RationaleDataModule(numbers(5), letters(4))
+    shares = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        shares += [*data.val_dataloader(), *data.test_dataloader()]
+    validation, test = numbers(5), letters(4)
+    assert shares == [validation[::2], test[::2], validation[1::2], test[1::2]]
 
 
 def total_weight(steps):

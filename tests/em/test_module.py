@@ -24,7 +24,7 @@ from emreason.runs.journal import Journal
 from emreason.schemes.samplers import training_ids
 from emreason.scores import scoring
 from emreason.scores.scoring import token_logprobs
-from emreason.types import UserError
+from emreason.types import Demonstration, UserError
 
 
 def em_module(engine=None, m_step=None, lr=1e-2, dtype=torch.float32, family="llama"):
@@ -92,14 +92,18 @@ def test_the_hint_is_in_no_training_input(tmp_path, name):
 
 
 def test_training_input_is_the_plain_prompt_and_exactly_the_sampled_ids(tmp_path):
-    questions = numbers(6)
-    module, e_step = fit(tmp_path, questions, gold_script(questions), epochs=1)
+    """Zero-shot, whatever the E-step's prompts showed."""
+    questions, module = numbers(6), em_module()
+    module.prompts = Prompts(module.tokenizer, TEMPLATE, [Demonstration(numbers(7)[-1], "so")])
+    gold = gold_script(questions)
+    script = lambda r: (gold(r), "answer" if r.key[0] < "q003" else "stop")  # noqa: E731
+    module, e_step = fit(tmp_path, questions, script, epochs=1, scheme_=scheme("pps", worked_examples=1), module=module)
     by_id = {q.id: q for q in questions}
     rationales = {r.question_id: r for r in Journal(tmp_path).read(0)}
     steps = e_step._steps[1]
     for batch in (b for s in steps for b in s.batches):
         for row, question_id in enumerate(batch.question_ids):
-            prompt = module.prompts.ids(by_id[question_id], "question", 0)
+            prompt = module.prompts.ids(by_id[question_id])
             sampled = training_ids(rationales[question_id], module.tokenizer.eos_token_id)
             n = int(batch.completion_mask[row].nonzero().max()) + 1
             assert batch.input_ids[row, :n].tolist() == [*prompt, *sampled]
@@ -270,7 +274,7 @@ def gradient_of(module, steps):
     data.pull = lambda: steps
     before = [p.detach().clone() for p in module.trainable()]
     trainer(".", epochs=1).fit(module, data)
-    return torch.cat([(a - b).flatten() for a, b in zip(before, module.trainable(), strict=True)])
+    return torch.cat([(a - b.detach()).flatten() for a, b in zip(before, module.trainable(), strict=True)])
 
 
 @pytest.mark.parametrize("tokens", [10, 80, 10_000])
@@ -290,6 +294,29 @@ def test_the_update_is_the_filtered_gradient_however_it_is_batched(tokens):
     assert torch.allclose(moved, expected, atol=2e-6)
 
 
+def test_every_step_has_a_gradient_of_its_own():
+    """At a small learning rate two equal steps move twice as far as one."""
+
+    def moved(n):
+        module = em_module(lr=1e-5)
+        return gradient_of(module, n * [Step([collate(examples(module), [1.0] * 5, module.tokenizer.pad_token_id)])])
+
+    assert (moved(2) - 2 * moved(1)).norm() < 0.05 * moved(1).norm()
+
+
+def test_the_record_of_an_m_step_is_per_supervised_token(tmp_path):
+    questions = numbers(6)
+    module, e_step = fit(
+        tmp_path, questions, gold_script(questions), epochs=1, module=em_module(lr=0.0, m_step=MStep(batch_size=2, epochs=3))
+    )
+    record = module.finish_m_step()
+    batches = [b for s in e_step._steps[1] for b in s.batches]
+    with torch.no_grad():
+        logprobs = torch.cat([token_logprobs(module.model, b.input_ids, b.completion_mask) for b in batches])
+    assert (record["steps"], record["tokens"]) == (9, len(logprobs))
+    assert record["nll"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+
+
 def test_master_weights_keep_updates_that_bf16_would_lose():
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     (master,) = master_weights([parameter])
@@ -305,6 +332,28 @@ def test_master_weights_keep_updates_that_bf16_would_lose():
     assert float(torch.tensor(1.0, dtype=torch.bfloat16) - 1e-4) == 1.0  # what would have happened without
 
 
+def test_gradients_of_several_batches_add_up_in_float32():
+    """257 is no bfloat16: added there, the later batch would vanish."""
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    (master,) = master_weights([parameter])
+    for factor in (256, 1):
+        (parameter * factor).sum().backward()
+    assert master.grad.tolist() == [257.0]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.999, 1.001, 4.0])
+def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one(share):
+    """SGD with lr 1 moves by the gradient, or in its direction by `max_grad_norm`."""
+    rows = examples(em_module(), 5)
+
+    def moved(max_grad_norm):
+        module = em_module(lr=1.0, m_step=MStep(max_grad_norm=max_grad_norm))
+        return gradient_of(module, [Step([collate(rows, [1.0] * 5, module.tokenizer.pad_token_id)])])
+
+    whole = moved(None)
+    assert torch.allclose(moved(share * whole.norm().item()), min(share, 1.0) * whole, rtol=1e-3, atol=1e-4)
+
+
 def test_bf16_training_follows_fp32(tmp_path):
     questions = numbers(8)
     moved = []
@@ -316,16 +365,21 @@ def test_bf16_training_follows_fp32(tmp_path):
     assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.9
 
 
-def test_init_base_starts_every_m_step_from_the_base_weights(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_init_base_starts_every_m_step_from_the_base_weights(tmp_path, dtype):
     questions = numbers(8)
-    ends = {}
-    for epochs in (1, 3):
-        module = em_module(m_step=MStep(init="base", optimizer="reset", max_grad_norm=None))
-        fit(tmp_path / str(epochs), questions, gold_script(questions), module=module, epochs=epochs)
-        ends[epochs] = torch.cat([p.detach().flatten() for p in module.trainable()])
-    # the shuffle differs between iterations, the starting point does not: one iteration's distance from base, not three
-    base = torch.cat([p.detach().flatten() for p in em_module().trainable()])
-    assert (ends[3] - base).norm() < 1.3 * (ends[1] - base).norm()
+    module = em_module(m_step=MStep(init="base", batch_size=4), lr=0.1, dtype=dtype)
+    base = [p.detach().clone() for p in module.trainable()]
+    original, from_base = module.training_step, []
+
+    def spy(step, batch_idx):
+        starts = [module.trainable(), *([module._masters] if module._masters else [])]
+        from_base.append(all(torch.equal(b.to(p.dtype), p) for ps in starts for b, p in zip(base, ps, strict=True)))
+        original(step, batch_idx)
+
+    module.training_step = spy
+    fit(tmp_path, questions, gold_script(questions), module=module, epochs=2)
+    assert from_base == [True, False] * 2
 
 
 @pytest.mark.parametrize(
@@ -340,16 +394,19 @@ def test_init_base_starts_every_m_step_from_the_base_weights(tmp_path):
 def test_the_learning_rate_over_two_iterations(tmp_path, m_step, expected):
     questions = numbers(8)
     rates: list[float] = []
+    moments: list[bool] = []
     module = em_module(m_step=m_step, lr=1e-3)
 
     def make(parameters):
-        optimizer = torch.optim.SGD(parameters, lr=1e-3)
+        optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
         optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"] / 1e-3))
+        optimizer.register_step_pre_hook(lambda o, *_: moments.append(bool(o.state)))
         return optimizer
 
     module.make_optimizer = make
     fit(tmp_path, questions, gold_script(questions), module=module, epochs=2)
     assert rates == pytest.approx(expected)
+    assert moments == [False, True, True, True, m_step.optimizer == "carry", True, True, True]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):

@@ -271,6 +271,16 @@ def test_every_eos_id_ends_a_completion() -> None:
     assert ended.finish_reason == "stop"
 
 
+def test_every_token_of_every_draw_has_a_number_of_its_own() -> None:
+    """Where all tokens are equally likely, the t-th token is the t-th number times the size of the vocabulary; also in a row used again."""
+    model = llama(tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for completion in complete(model, requests(9, new=12), max_batch=4).values():
+        n = len(completion.token_ids)
+        uniforms = counter_uniforms([completion.request.seed] * n, range(n))
+        assert completion.token_ids == tuple((uniforms * VOCABULARY).astype(int))
+
+
 def test_finish_reasons_and_limits() -> None:
     model = llama()
     params = SamplingParams(max_new_tokens=500)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from fractions import Fraction
+
 import pytest
+from answer_none import BY_HAND, NONE
+from answer_rows import GASES, LETTERS, NUMBERS, STRINGS, TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emreason.questions.answers import answer_line_complete, check, correct, extract, normalise, parse_number
+from emreason.questions.answers import answer_line_complete, check, correct, extract, normalise, parse_number, statement_start
 from emreason.questions.prompts import render_completion
+from emreason.schemes.samplers import is_trivial
 from emreason.types import Question, UserError
 
 settings.register_profile("emreason", deadline=None)  # the cores may be busy
@@ -18,6 +25,8 @@ FIVE = Question("5", "Which?", "E", "choice", ("one", "two", "three", "four", "f
 THREE = Question("3", "Which?", "A", "choice", ("one", "two", "three"))
 NUMBER = Question("n", "What is 9 + 8?", "17", "number")
 TEXT = Question("t", "Capital of France?", "Paris", "text")
+GAS = Question("g", "Which gas do plants take in?", "B", "choice", GASES)
+GAS_TEXT = dataclasses.replace(GAS, answer_as="text")
 
 
 @pytest.mark.parametrize(
@@ -140,12 +149,12 @@ def test_letters_are_those_of_the_question():
         ("11 + 9 = 19. Answer: 20", "20"),
         ("Answer: 16\nAnswer: 17", "17"),
         ("Answer: .5", ".5"),
+        ("Answer: 1/2", "1/2"),
+        ("Answer: 12 apples", "12"),
+        ("Answer: 12%", "12"),
         ("Answer: 12 + 3 = 15", None),
         ("Answer: 12+3", None),
         ("Answer: 1*2", None),
-        ("Answer: 1/2", None),
-        ("Answer: 12 apples", None),
-        ("Answer: 12%", None),
         ("Answer: 17 or 18", None),
         ("Answer: 17, 18", None),
         ("Answer: 17. 18", None),
@@ -316,3 +325,209 @@ def test_any_gold_string_is_found_again(gold, rationale):
 def test_normalise():
     assert normalise("?") != normalise("!")
     assert normalise("  The  Sun.\n") == normalise("the sun") == "the sun"
+
+
+# --- rows: what real completions look like ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "answer"), LETTERS)
+def test_letter_rows(text, answer):
+    assert extract(text, GAS) == answer
+
+
+@pytest.mark.parametrize(("text", "answer"), NUMBERS)
+def test_number_rows(text, answer):
+    found = extract(text, NUMBER)
+    assert found is None if answer is None else correct(found, dataclasses.replace(NUMBER, answer=answer))
+
+
+@pytest.mark.parametrize(("gold", "text", "right"), STRINGS)
+def test_string_rows(gold, text, right):
+    question = dataclasses.replace(TEXT, answer=gold)
+    assert correct(extract(text, question), question) is right
+
+
+@pytest.mark.parametrize(("text", "answer"), TEXTS)
+def test_rows_of_choices_by_their_text(text, answer):
+    assert extract(text, GAS_TEXT) == answer
+
+
+def test_completions_that_state_no_answer():
+    """The hunt for false positives: none of some hundred made-up completions is read as an answer, whatever is asked."""
+    assert len(set(NONE)) > 400
+    assert len(BY_HAND) > 150
+    found = [(text, q.kind, q.answer_as, a) for text in NONE for q in (GAS, GAS_TEXT, NUMBER) if (a := extract(text, q)) is not None]
+    assert not found
+
+
+# --- choices by their text ----------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_is_matched_by_its_text():
+    assert correct(extract("Answer: Carbon dioxide.", GAS_TEXT), GAS_TEXT)
+    assert not correct(extract("Answer: oxygen", GAS_TEXT), GAS_TEXT)
+    assert render_completion(GAS_TEXT, "They do.") == "They do.\nAnswer: carbon dioxide"
+    assert answer_line_complete("Answer: carbon dioxide\n", GAS_TEXT)
+    assert not answer_line_complete("Answer: carbon\n", GAS_TEXT)
+
+
+def test_the_longest_choice_that_is_said():
+    question = Question("q", "Where?", "A", "choice", ("Paris", "Paris, Texas", "Par"), answer_as="text")
+    assert extract("Answer: Paris", question) == "A"
+    assert extract("Answer: Paris, Texas", question) == "B"
+    assert extract("Answer: Paris, Texas. It is hot.", question) == "B"
+    assert extract("Answer: Paris, because it is large", question) == "A"
+
+
+def test_choices_that_read_alike():
+    """Case alone tells them apart; where nothing does, either is right."""
+    case = Question("q", "Which?", "B", "choice", ("Us", "US", "both"), answer_as="text")
+    assert extract("Answer: US", case) == "B"
+    assert extract("Answer: us", case) is None
+    same = Question("q", "Which?", "B", "choice", ("one", "one", "two"), answer_as="text")
+    assert correct(extract("Answer: one", same), same)
+    assert not correct(extract("Answer: two", same), same)
+    assert not correct("A", dataclasses.replace(same, answer_as="letter"))
+
+
+@given(st.lists(st.text(min_size=1, max_size=20).filter(lambda text: text.strip()), min_size=2, max_size=6), st.data())
+def test_any_choice_is_found_again_by_its_text(choices, data):
+    letter = data.draw(st.sampled_from("ABCDEF"[: len(choices)]))
+    question = Question("q", "Which?", letter, "choice", tuple(choices), answer_as="text")
+    answer = extract(render_completion(question, "So."), question)
+    assert answer is None or answer in question.letters
+    shown = [" ".join(choice.split()) for choice in choices]
+    if shown.count(shown[ord(letter) - 65]) == 1 and not set(shown[ord(letter) - 65]) & set("<[◁"):
+        assert correct(answer, question)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("/", "//", "%"),
+        ("The answer cannot be determined.", "The answer is (A).", "\\boxed{A}"),
+        ("If A is true, then B is false.", "If A is false, then B is false.", "Wait, A is wrong."),
+        ("(A) and (B)", "A", "none"),
+        ("\u201cNo. It\u2019s not possible!\u201d", '"If you can, wait."', "probably"),
+        ("f(x)", "$5", "-5"),
+    ],
+)
+def test_a_choice_may_say_anything(choices):
+    """Its own text after the letter, or in the letter's place, takes nothing back."""
+    for letter, choice in zip("ABC", choices, strict=True):
+        question = Question("q", "Which?", letter, "choice", choices)
+        assert extract(f"Because.\nAnswer: {letter}. {choice}", question) == letter
+        said = dataclasses.replace(question, answer_as="text")
+        assert extract(render_completion(said, "Because."), said) == letter
+
+
+# --- equality -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gold", "said", "right"),
+    [
+        ("0.5", "1/2", True),
+        ("0.3", "0.30000000000000004", True),
+        ("0.30000000000000004", "0.3", True),
+        ("0.1", str(0.1 + 1e-17), True),
+        ("1/3", "0.333333", False),
+        ("1/3", "0.3333333333333333", True),
+        ("1000000000", "1000000001", False),
+        ("12345678901234567890", "12345678901234567891", False),
+        ("18", "18.000", True),
+        ("18", "18%", True),
+        ("-5", "5", False),
+        ("1e3", "1,000", True),
+        ("0", "-0", True),
+        ("0", "0.0000000001", False),
+    ],
+)
+def test_equality_of_numbers_is_of_values(gold, said, right):
+    question = dataclasses.replace(NUMBER, answer=gold)
+    assert correct(extract(f"Answer: {said}", question), question) is right
+
+
+def test_aliases_are_right_too():
+    question = dataclasses.replace(TEXT, answer="USA", aliases=("United States", "the States"))
+    assert all(correct(extract(f"Answer: {said}", question), question) for said in ("usa", "united states", "The States."))
+    assert not correct("America", question)
+    number = dataclasses.replace(NUMBER, aliases=("1/2",))
+    assert correct("0.5", number)
+    with pytest.raises(UserError, match="'many' is not a number"):
+        check(dataclasses.replace(NUMBER, aliases=("many",)), "here")
+
+
+@pytest.mark.parametrize(("text", "value"), [("1,234", 1234), ("1/2", Fraction(1, 2)), ("-$5", -5), ("18 %", 18), (".5", Fraction(1, 2))])
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "many", "12 apples", "3:30", "17 or 18", "1.2.3", "5m", "B", "nan", "inf", "1" * 5000])
+def test_what_is_no_number(text):
+    assert parse_number(text) is None
+
+
+# --- where a statement begins ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("So.\nAnswer: B", 4),
+        ("So.\n**Answer:** B", 4),
+        ("So. The answer is B.", 4),
+        ("So.\n#### 18", 4),
+        ("So.\n\\boxed{18}", 4),
+        ("So.\nAnswer: \\boxed{18}", 4),
+        ("So.\n<answer>B</answer>", 4),
+        ("So.\n#### Steps\nand on", None),
+        ("If the answer is B, it burns.", None),
+        ("<think>Answer: A", None),
+        ("<think>Answer: A</think>Answer: B", 24),
+    ],
+)
+def test_statement_start(text, start):
+    assert statement_start(text) == start
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------------
+
+PIECES = [
+    *"_ *\n\\{}$()<>\"'`.,;!?-1Bé", "\u00a0", "\u200b", "answer is ", "the answer is B ", "if the answer is B ", "it is not true that ",
+    "Answer: ", "Answer: B\n", "<think>", "</think>", "<answer>", "\\boxed{", "\\boxed{B} ", "\\frac{1}", "\\text{", "#### 18\n", "1,234,",
+    "wait, ", "B is wrong. ", "no ", "the ", "&lt;", "the answer is not C. ", "I don't think the answer is C.\n",
+]  # fmt: skip
+LIMIT = 0.02
+"""Seconds for 10,000 characters of anything."""
+
+
+def seconds(text: str, question: Question) -> float:
+    """Processor time of all that reads a completion; the best of up to five, for the cores may be busy."""
+    best = 9.0
+    for _ in range(5):
+        start = time.process_time()
+        extract(text, question)
+        is_trivial(text)
+        best = min(best, time.process_time() - start)
+        if best < LIMIT / 2:
+            break
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), st.sampled_from(["", "Answer: B ", "\\boxed{B} "]), st.booleans())
+def test_any_10000_characters_take_at_most_20_ms(pieces, before, ends):
+    unit = "".join(pieces)
+    text = before + (unit * (10_000 // len(unit) + 1))[: 10_000 - len(before) - 10] + ("\nAnswer: B" if ends else "")
+    for question in (GAS, GAS_TEXT, NUMBER, TEXT):
+        assert seconds(text, question) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "unit", ["_", " ", "*", "\n", "\\", "{", '"', "answer is ", "if the answer is B ", "<think>", "B is wrong. ", "1,234,", "wait. "]
+)
+def test_time_is_linear_in_length(unit):
+    for question in (GAS, TEXT):
+        short, long = (seconds("Answer: B " + unit * (n // len(unit)), question) for n in (20_000, 40_000))
+        assert long < 3 * short + 0.005

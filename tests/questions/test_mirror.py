@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from hub import find_or_build_hub
+from hub import NEEDED, find_or_build_hub
+from test_datasets import build
 
 from emreason.questions import mirror
+from emreason.questions.answers import correct, extract
+from emreason.questions.datasets import SPLITS
+from emreason.questions.prompts import render_completion
 from emreason.types import UserError
 
 
@@ -28,14 +33,33 @@ def test_the_mirror_equals_the_copy_at_hand(built, tmp_path):
     import datasets
 
     other = find_or_build_hub()
-    for name, configs in mirror.ROWS.items():
-        for config, splits in configs.items():
+    for name in NEEDED:
+        for config, splits in mirror.ROWS[name].items():
             ours = datasets.load_dataset(str(built / name), config, cache_dir=str(tmp_path))
             theirs = datasets.load_dataset(str(other / name), config, cache_dir=str(tmp_path))
             assert {split: len(rows) for split, rows in ours.items()} == splits
             for split, rows in ours.items():
                 assert sorted(rows.column_names) == sorted(theirs[split].column_names)
                 assert [_content(row) for row in rows] == [_content(row) for row in theirs[split]]
+
+
+@pytest.mark.real
+def test_the_mirror_s_commonsense_qa(built, tmp_path):
+    import datasets
+
+    found = datasets.load_dataset(str(built / "tau/commonsense_qa"), cache_dir=str(tmp_path))
+    assert {split: len(rows) for split, rows in found.items()} == mirror.ROWS["tau/commonsense_qa"]["data"]
+    dataset = build("commonsense_qa", data_root=built)
+    everything = [question for split in SPLITS for question in dataset.questions(split)]
+    assert len(everything) == 9741 + 1221
+    assert {len(question.choices) for question in everything} == {5}
+    assert Counter(question.answer for question in everything).keys() == set("ABCDE")
+    for question in everything:
+        assert correct(extract(render_completion(question, "So."), question), question)
+        index = question.letters.index(question.answer)
+        assert correct(extract(f"Answer: {question.answer}. {question.choices[index]}", question), question), question
+    first = found["validation"][0]
+    assert (first["question"][:32], first["choices"]["text"][0], first["answerKey"]) == ("A revolving door is convenient f", "bank", "A")
 
 
 def _content(row):

@@ -20,7 +20,7 @@ from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import _plots, palette
 from emreason.reports.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import collect, differing_keys
-from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, thousands
+from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, runs_table, thousands
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
 from emreason.types import UserError
@@ -221,7 +221,8 @@ def test_a_scheme_with_one_seed_beside_others_with_more_takes_the_bold_away(tmp_
 
 def test_what_does_not_count_is_named_and_not_averaged(grid):
     write_run(grid / "rs/seed=4", "rs", 4, iterations=2, status="running")
-    write_run(grid / "star/seed=4", "star", 4, iterations=1, status="failed", error="no rationale was accepted in iteration 1.")
+    failed = {"status": "failed", "error": "no rationale was accepted in iteration 1."}
+    write_run(grid / "star/seed=4", "star", 4, iterations=1, **failed, test=score(0.9))  # extended after it had been tested
     (grid / "torn").mkdir()
     (grid / "torn/summary.json").write_text('{"dataset": "sums", "mod')
     (grid / "foreign").mkdir()
@@ -354,16 +355,39 @@ def test_several_datasets_and_models(tmp_path):
     assert "\\midrule" in (tmp_path / "r/table.tex").read_text()
 
 
+def test_a_row_of_the_runs_table(tmp_path):
+    rows = [
+        {
+            "iteration": k,
+            "e_step": {"acceptance_rate": a, "chance_acceptance": 0.25, "tokens": 1000 * (k + 1), "rationale_tokens_mean": 20.0 + k},
+            "m_step": {},
+            "validation": score(v),
+        }
+        for k, (a, v) in enumerate([(0.3, 0.4), (0.6, 0.5)])
+    ]
+    write_run(tmp_path / "a", "pps", seed=7, iterations=0)
+    summary = json.loads((tmp_path / "a/summary.json").read_text()) | {"iterations": rows, "test": score(0.7), "seconds": 95.0}
+    (tmp_path / "a/summary.json").write_text(json.dumps(summary))
+    (row,) = runs_table(collect([tmp_path])).rows
+    low, high = (f"{100 * x:.0f}" for x in stats.wilson(70, 100))
+    assert [entry.text for entry in row] == [
+        "PPS", "7", "0.0", "8.0", "1.0 → 40 50", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3.0k", "95 s",
+    ]  # fmt: skip
+
+
 def test_difficulty_is_judged_by_the_other_runs(tmp_path):
-    easy_first = write_run(tmp_path / "a", "rs", iterations=1)
-    single = collect([easy_first])
-    assert acceptance_by_difficulty(single) == {}
-    write_run(tmp_path / "b", "star", iterations=1)
-    write_run(tmp_path / "c", "rs", 2, iterations=1)
+    """Of one question that the first run solved and the second did not, each is told by the other how hard it is."""
+    for name, sampler, solved in [("a", "rs", True), ("b", "star", False)]:
+        folder = write_run(tmp_path / name, sampler, iterations=1)
+        if name == "a":
+            assert acceptance_by_difficulty(collect([folder])) == {}
+        row = {"question_id": "q", "iteration": 0, "attempt": 1, "proposal": "question", "accepted": solved, "text": ""}
+        (folder / "rationales/iteration=000.jsonl").write_text(json.dumps(row) + "\n")
     shown = acceptance_by_difficulty(collect([tmp_path]))
-    assert shown["RS-4"][0][0] < shown["RS-4"][9][0]  # unsolved by the others: accepted less often
-    total = sum(1 for line in (easy_first / "rationales/iteration=000.jsonl").read_text().splitlines() if json.loads(line)["attempt"] == 1)
-    assert total == 40
+    assert {label: {k: cell[0] for k, cell in enumerate(cells) if cell} for label, cells in shown.items()} == {
+        "RS-4": {0: 1.0},  # hard for the other
+        "STaR": {9: 0.0},
+    }
 
 
 def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):

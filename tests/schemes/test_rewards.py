@@ -46,6 +46,7 @@ def test_worked_sums_are_valid():
     [
         ("3 + 5 = 8. 8 + 9 = 17.\nAnswer: 17", "17", True, True, True),
         ("8 + 9 = 18.\nAnswer: 17", "17", True, False, True),  # the hint gave the answer
+        ("3 + 5 = 8. 8 + 9 = 18.\nAnswer: 17", "17", True, False, True),
         ("It is known.\nAnswer: 17", "17", True, False, True),
         ("3 + 5 = 8. 8 + 9 = 17.\nAnswer: 18", "18", False, False, True),
         ("3 + 5 = 8. 8 + 9 = 17.", None, False, False, False),

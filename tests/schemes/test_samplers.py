@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import ScriptedEngine, letters, numbers
+from conftest import TEMPLATE, ScriptedEngine, letters, numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emreason.engines.drawing import draw_seed
 from emreason.models.tiny import tiny_tokenizer
+from emreason.questions.prompts import Prompts
 from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import Scheme, is_trivial, sample, training_ids
 from emreason.scores.stats import chance_acceptance
-from emreason.types import UserError
+from emreason.types import Demonstration, SamplingParams, UserError
 
 RIGHT, WRONG = "because\nAnswer: {}", "because\nAnswer: 99"
 
@@ -48,10 +49,6 @@ def success_at(success: dict[str, int], questions):
 def test_budget_accounting(data):
     """Scripted success at try j costs min(j, M) attempts, and every discarded token is charged."""
     tokenizer = tiny_tokenizer()
-    from conftest import TEMPLATE
-
-    from emreason.questions.prompts import Prompts
-
     prompts = Prompts(tokenizer, TEMPLATE, ())
     budget = data.draw(st.integers(1, 6))
     questions = numbers(data.draw(st.integers(1, 8)))
@@ -122,6 +119,26 @@ def test_a_draw_depends_on_seed_iteration_question_and_attempt_alone():
     seeds = {draw_seed(*key) for key in itertools.product(range(3), range(3), ["a", "b", "1\0a"], range(1, 4))}
     assert len(seeds) == 81
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_worked_examples_are_shown_in_the_first_iterations_alone(tokenizer):
+    shown = numbers(2)
+    prompts = Prompts(tokenizer, TEMPLATE, [Demonstration(q, "SHOWN") for q in shown])
+    for first, expected in [(None, [2, 2, 2, 2]), (2, [2, 2, 0, 0]), (0, [0] * 4)]:
+        wanted = scheme("pps", worked_examples=2, worked_examples_iterations=first)
+        engines = [run(numbers(1), wanted, lambda _: WRONG, prompts, tokenizer, iteration=k)[1] for k in range(4)]
+        assert [tokenizer.decode(e.seen[0].prompt_ids).count("SHOWN") for e in engines] == expected
+
+
+def test_requests_carry_the_scheme_s_limits_and_end_at_the_answer_line(prompts, tokenizer):
+    said = [tokenizer.encode(text, add_special_tokens=False) for text in ("so\nAnswer: 7\n", "so\nAnswer: yes\n", "so\n")]
+    for wanted, ends in [
+        (scheme("rs", temperature=0.7, top_p=0.9, max_new_tokens=20), [True, False, False]),
+        (scheme("rs", temperature=0.7, top_p=0.9, max_new_tokens=20, stop_at_answer=False), None),
+    ]:
+        (request,) = run(numbers(1), wanted, lambda _: WRONG, prompts, tokenizer)[1].seen
+        assert request.params == SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=20)
+        assert (request.stop and [request.stop(ids) for ids in said]) == ends
 
 
 def test_requests_do_not_depend_on_the_other_questions(prompts, tokenizer):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ScriptedEngine, numbers
+from conftest import TEMPLATE, ScriptedEngine, numbers
 from test_laboratory import model, pps_iw
 from test_module import em_module, trainer
 from test_samplers import RIGHT, run, scheme
@@ -19,12 +19,14 @@ from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
 from emreason.engines.inprocess import InProcessEngine
 from emreason.laboratory.tabular import TabularEngine, make_questions
+from emreason.models.tiny import tiny_tokenizer
+from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal, journal_record
 from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import sample, training_ids
 from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized, remembered, score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
-from emreason.types import Rationale, UserError
+from emreason.types import Demonstration, Rationale, UserError
 
 
 def attempt(n, log_weight=0.0, question="q000", accepted=True, text=None):
@@ -179,11 +181,6 @@ def test_nothing_to_tell_apart_is_no_error(tmp_path):
 
 @functools.cache
 def lab_weights(k, copies):
-    from conftest import TEMPLATE
-
-    from emreason.models.tiny import tiny_tokenizer
-    from emreason.questions.prompts import Prompts
-
     tokenizer = tiny_tokenizer()
     prompts = Prompts(tokenizer, TEMPLATE, ())
     questions = make_questions(model(), copies)
@@ -203,18 +200,20 @@ def test_the_mean_weight_is_an_unbiased_estimate_of_the_marginal_likelihood():
         assert abs(float(q[x].sum()) - exactly) > 9 * math.sqrt(variance / 1500)  # unweighted, they would say something else
 
 
-def test_weights_are_those_of_the_prompts_the_draws_came_from(tiny, prompts):
+def test_weights_are_those_of_the_prompts_the_draws_came_from(tiny):
     """Weights on a transformer equal the difference of the two log-likelihoods, each computed by itself, at the temperatures that apply."""
     lm, tokenizer = tiny
     questions = numbers(20)
-    hinted = pps_iw(6, temperature=0.8, max_new_tokens=32)
+    prompts = Prompts(tokenizer, TEMPLATE, [Demonstration(numbers(1)[0], "so")])
+    hinted = pps_iw(6, temperature=0.8, max_new_tokens=32, worked_examples=1)
     drawn = list(sample(questions, hinted, InProcessEngine(lm, tokenizer), prompts, tokenizer, seed=1, iteration=0))
     scored = score_weights(drawn, {q.id: q for q in questions}, hinted, prompts, functools.partial(completion_logprobs, lm), 0)
     by_id = {q.id: q for q in questions}
     accepted = [r for r in scored if r.accepted]
     assert accepted
     for r in accepted:
-        target, proposal = (prompts.ids(by_id[r.question_id], name) for name in ("question", "rationalization"))
+        target = prompts.ids(by_id[r.question_id])
+        proposal = prompts.ids(by_id[r.question_id], "rationalization", n_examples=1)
         expected = completion_logprobs(lm, [(target, r.token_ids)])[0] - completion_logprobs(lm, [(proposal, r.token_ids)], 0.8)[0]
         assert r.log_weight == pytest.approx(expected, abs=1e-3)
         assert r.logprob == pytest.approx(completion_logprobs(lm, [(proposal, r.token_ids)])[0], abs=1e-3)  # at temperature 1

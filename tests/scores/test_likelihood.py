@@ -26,13 +26,17 @@ from emreason.types import Question, Request, SamplingParams
 def test_the_scoring_pass_agrees_with_the_engine(family, temperature, prompts):
     """The journal's `logprob` is at temperature 1 whatever the sampling temperature is. fp32, ≤ 32 tokens: 1e-3 is far above rounding."""
     lm, tokenizer = load_tiny(family)
-    lm.train()  # with dropout a scoring pass in training mode would disagree
+    lm.train()
+    modes: list[bool] = []
+    lm.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     params = SamplingParams(temperature=temperature, max_new_tokens=32)
     requests = deque(Request(q.id, prompts.ids(q), params, seed=i) for i, q in enumerate(numbers(12)))
     drawn = list(InProcessEngine(lm, tokenizer, max_batch=5).generate(requests))
     pairs = [(c.request.prompt_ids, c.token_ids) for c in drawn]
     assert completion_logprobs(lm, pairs) == pytest.approx([c.logprob for c in drawn], abs=1e-3)
     assert lm.training
+    assert modes
+    assert not any(modes)  # no dropout
     assert completion_logprobs(lm, pairs, tokens_per_batch=1) == pytest.approx([c.logprob for c in drawn], abs=1e-3)
 
 

@@ -48,6 +48,13 @@ def test_a_forced_answer_line_separates_format_from_reasoning(prompts, tokenizer
     assert len(engine.seen) == 8
 
 
+def test_the_cue_follows_what_was_said_without_its_eos(prompts, tokenizer):
+    (question,) = numbers(1)
+    _, _, engine = answers(tokenizer, prompts, [question], lambda r: ("I stop here", "stop") if len(r.prompt_ids) < 60 else " 0")
+    asked, forced = engine.seen
+    assert forced.prompt_ids == (*asked.prompt_ids, *tokenizer.encode("I stop here\nAnswer:", add_special_tokens=False))
+
+
 def test_an_answer_that_was_given_is_not_forced_away(prompts, tokenizer):
     questions = letters(4)
     _, values, engine = answers(tokenizer, prompts, questions, lambda _: "so\nAnswer: A")

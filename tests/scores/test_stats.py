@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,26 @@ def test_one_seed_bootstrap_agrees_with_mcnemar():
     b = {i: 20 <= i < 74 for i in range(100)}
     exact = stats.mcnemar(list(a.values()), list(b.values()))
     assert stats.paired_bootstrap([a], [b]).p == pytest.approx(exact, abs=0.01)
+
+
+def test_bootstrap_resamples_seeds():
+    """All questions gained at one seed, none at the other: of two seeds drawn, both are the first in a quarter of the cases."""
+    right, wrong = dict.fromkeys(range(50), True), dict.fromkeys(range(50), False)
+    difference = stats.paired_bootstrap([right, wrong], [wrong, wrong])
+    assert (difference.estimate, difference.low, difference.high) == (0.5, 0.0, 1.0)
+
+
+def test_bootstrap_interval_is_the_95_percent_one_and_p_two_sided():
+    """Of 100 questions 12 won, 4 lost: the mean of 100 draws from (−1, 0, 1), exactly, by convolution."""
+    a, b = {i: i < 12 for i in range(100)}, {i: 12 <= i < 16 for i in range(100)}
+    law = np.array([1.0])
+    for _ in range(100):
+        law = np.convolve(law, [0.04, 0.84, 0.12])
+    low, high = (np.searchsorted(law.cumsum(), q) - 100 for q in (0.025, 0.975))
+    difference = stats.paired_bootstrap([a], [b])
+    assert (difference.low, difference.high) == pytest.approx((low / 100, high / 100), abs=1e-9)
+    beyond = law[: 100 + 1].sum() + law[100 + 16 :].sum()  # as far from 8 as 0 is, on either side
+    assert difference.p == pytest.approx(beyond, abs=4.5 * math.sqrt(beyond / 20_000))
 
 
 @given(p_values)

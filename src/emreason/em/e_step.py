@@ -123,7 +123,9 @@ class EStep(Callback):
         """What the draws of an E-step depend on; a journal drawn under other conditions is not replayed."""
         questions = hashlib.blake2b(digest_size=8)
         for question in self.questions:
-            questions.update(repr((question.id, question.text, question.choices, question.answer)).encode("utf-8", "surrogatepass"))
+            questions.update(
+                repr((question.id, question.text, question.choices, question.answer, question.answer_as)).encode("utf-8", "surrogatepass")
+            )
         scheme = dataclasses.asdict(self.scheme)
         scheme["proposals"] = list(self.scheme.tries)
         return {

@@ -22,11 +22,11 @@ from emreason.engines.decoder import Decoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
+from emreason.questions.prompts import end_of_turn_ids
 from emreason.types import Completion, FinishReason, Request, UserError
 
 log = logging.getLogger(__name__)
 
-CHAT_STOPS = ("<|im_end|>", "<|eot_id|>")
 RESERVED = 256
 """Most positions beyond the prompt for which the cache is made in advance; it grows with longer completions."""
 
@@ -275,13 +275,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a completion: the tokenizer's and the configs' end-of-sequence ids, and the end-of-turn mark of a chat template."""
+    """Ids that end a completion: the tokenizer's and the configs' end-of-sequence ids, and what the chat template ends a turn with."""
     sources = [getattr(tokenizer, "eos_token_id", None), getattr(model.config, "eos_token_id", None)]
     sources.append(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-    if template := getattr(tokenizer, "chat_template", None):
-        vocabulary = tokenizer.get_vocab()
-        sources += [vocabulary.get(mark) for mark in CHAT_STOPS if mark in str(template)]
-    ids: set[int] = set()
+    ids: set[int] = set(end_of_turn_ids(tokenizer))
     for source in sources:
         ids.update(source if isinstance(source, list | tuple) else [source] if source is not None else [])
     return frozenset(ids)

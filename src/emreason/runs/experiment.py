@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Settings:
 
     Attributes:
         text: all of it, resolved, as YAML.
-        trainer, logger: make the Trainer, and the logger or None.
+        trainer, logger: make the Trainer, and the logger of a run folder or None.
         build: makes the `Experiment`; see the function.
     """
 
@@ -84,7 +85,7 @@ class Settings:
     evaluation: Any
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
-    logger: Callable[[], Any]
+    logger: Callable[[Path], Any]
     build: Callable[[str | None], Experiment]
 
 
@@ -108,9 +109,17 @@ def read(cfg: DictConfig) -> Settings:
         evaluation=make(cfg.evaluation),
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True),
-        logger=lambda: make(cfg.logger) if cfg.logger else None,
+        logger=lambda folder: _logger(cfg.logger, folder),
         build=lambda dtype: build(cfg, dtype),
     )
+
+
+def _logger(config: DictConfig, folder: Path) -> Any:
+    """The logger, if any; the run folder is the first argument of a partial one, unless it has a folder of its own."""
+    logger = hydra.utils.instantiate(config) if config else None
+    if isinstance(logger, functools.partial):
+        return logger() if logger.keywords.keys() & {"save_dir", "folder"} else logger(folder)
+    return logger
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -153,11 +162,19 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     with doing(f"Reading dataset {cfg.dataset.name}") as reading:
         reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
+    wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
+    if wanted > there:
+        key = "examples" if "examples" in cfg else "sampler.worked_examples"
+        raise UserError(
+            f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
+        )
+    if rank() == 0:
+        say(dataset.understood())
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
-    wanted = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
-    if wanted == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
-        wanted = "float32"  # ranks that measured for themselves could disagree
-    chosen = choose_dtype(wanted, device)
+    precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
+        precision = "float32"  # ranks that measured for themselves could disagree
+    chosen = choose_dtype(precision, device)
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
@@ -168,6 +185,7 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
         loading.note = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {str(chosen).removeprefix('torch.')}"
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
+    prompts.check()
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
 
 

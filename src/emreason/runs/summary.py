@@ -30,6 +30,7 @@ class Summary:
         self.values: dict[str, Any] = {
             **identity,
             "status": "running",
+            "dtype": before.get("dtype"),
             "baseline": before.get("baseline"),
             "test": before.get("test"),
             "iterations": before.get("iterations", []),
@@ -52,6 +53,11 @@ class Summary:
 def tokens_drawn(iterations: list[dict[str, Any]]) -> int:
     """What the E-steps of a summary's iterations have generated, accepted or not."""
     return sum(record["e_step"]["tokens"] for record in iterations)
+
+
+def best_iteration(iterations: list[dict[str, Any]]) -> int:
+    """The earliest of a summary's iterations with the highest validation accuracy."""
+    return int(max(iterations, key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"])
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

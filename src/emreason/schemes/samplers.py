@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emreason.questions.answers import extract, stop_at_answer
+from emreason.questions.grammar.thinking import said, speech_start, without_marks
 from emreason.questions.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROPOSALS = ("question", "rationalization")
+_ANSWER_LINE = re.compile(r"^[^\w\n]*(?:_[^\w\n]*)*(?:(?:final|the)[^\S\n]+){0,2}answer\b", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass
@@ -141,9 +143,11 @@ class Scheme:
 
 
 def is_trivial(text: str) -> bool:
-    """Whether a completion states an answer without reasoning: fewer than three words before its answer line."""
-    reasoning = re.split(r"(?im)^[\W_]*(?:final\s+)?(?:the\s+)?answer\b", text, maxsplit=1)[0]
-    return len(re.findall(r"\w+", reasoning)) < 3
+    """Whether a completion states an answer without reasoning: fewer than three words before its answer line, thoughts included."""
+    start = speech_start(text)
+    spoken = len(text) if start is None else start
+    line = _ANSWER_LINE.search(text[spoken:])
+    return len(re.findall(r"[^\W_]+", without_marks(text[: spoken + line.start() if line else len(text)]))) < 3
 
 
 def sample(
@@ -173,12 +177,13 @@ def sample(
         past.setdefault(rationale.question_id, []).append(rationale)
 
     def request(question: Question, attempt: int) -> Request:
+        prompt_ids = prompts.ids(question, scheme.tries[attempt - 1], examples)
         return Request(
             key=(question.id, attempt),
-            prompt_ids=prompts.ids(question, scheme.tries[attempt - 1], examples),
+            prompt_ids=prompt_ids,
             params=scheme.params,
             seed=draw_seed(seed, iteration, question.id, attempt),
-            stop=stop_at_answer(question, tokenizer) if scheme.stop_at_answer else None,
+            stop=stop_at_answer(question, tokenizer, prompt_ids) if scheme.stop_at_answer else None,
         )
 
     queue: deque[Request] = deque()
@@ -214,7 +219,7 @@ def judge(
     completion: Completion, question: Question, scheme: Scheme, tokenizer: PreTrainedTokenizerBase, iteration: int, attempt: int
 ) -> Rationale:
     """r(ŷ, y*): extract the answer of a completion and accept it if the scheme's reward does and it was not truncated."""
-    text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
+    text = said(completion.token_ids, completion.request.prompt_ids, tokenizer)
     answer = extract(text, question)
     whole = completion.finish_reason in ("stop", "answer")
     accepted = whole and pkgutil.resolve_name(scheme.reward)(text, answer, question) and not (scheme.reject_trivial and is_trivial(text))

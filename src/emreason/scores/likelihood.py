@@ -16,8 +16,9 @@ from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import evaluating
 from emreason.models.batches import Example, bucket, collate
 from emreason.progress import Bar
-from emreason.questions.answers import statement_start, stop_at_answer
-from emreason.questions.prompts import ANSWER_CUE, Prompts
+from emreason.questions.answers import gold_text, statement_start, stop_at_answer
+from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
+from emreason.questions.prompts import ANSWER_CUE, Prompts, following
 from emreason.scores.scoring import mean, token_logprobs
 from emreason.types import Engine, Question, Request, SamplingParams
 
@@ -84,10 +85,10 @@ def marginal_bounds(
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
-
+    asked = ((q, prompts.ids(q, "question", n_examples)) for q in questions)
     queue = deque(
-        Request((q.id, i), prompts.ids(q, "question", n_examples), params, draw_seed(seed, BOUND, q.id, i), stop_at_answer(q, tokenizer))
-        for q in questions
+        Request((q.id, i), ids, params, draw_seed(seed, BOUND, q.id, i), stop_at_answer(q, tokenizer, ids))
+        for q, ids in asked
         for i in range(k)
     )
     pairs: dict[tuple[str, int], list[Pair]] = {}
@@ -95,9 +96,10 @@ def marginal_bounds(
     for completion in engine.generate(queue):
         key: Any = completion.request.key
         question_id, draw = key
-        z, stated = rationale_ids(completion.token_ids, tokenizer)
+        prompt_ids = completion.request.prompt_ids
+        z, stated = rationale_ids(completion.token_ids, tokenizer, prompt_ids)
         answered[question_id] += stated
-        context = (*completion.request.prompt_ids, *z, *cue_ids(z, tokenizer))
+        context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
         pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer)]
         if bar is not None:
             bar.update(int(draw == k - 1), len(completion.token_ids))
@@ -106,29 +108,34 @@ def marginal_bounds(
     return [_bound(q.id, [_logsumexp([next(logs) for _ in pairs[q.id, i]]) for i in range(k)], answered[q.id] / k) for q in questions]
 
 
-def rationale_ids(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], bool]:
+def rationale_ids(
+    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()
+) -> tuple[tuple[int, ...], bool]:
     """The sampled ids that lie before the last answer statement (all but special ones where there is none), and whether there is one."""
-    special = set(tokenizer.all_special_ids)
-    ids = tuple(i for i in token_ids if i not in special)
-    start = statement_start(str(tokenizer.decode(list(ids))))
+    silent = silent_ids(tokenizer)
+    ids = tuple(i for i in token_ids if i not in silent)
+    start = statement_start(said(ids, prompt_ids, tokenizer))
     if start is None:
         return ids, False
     n = len(ids)
-    while n and len(str(tokenizer.decode(list(ids[:n])))) > start:
+    while n and len(said(ids[:n], prompt_ids, tokenizer)) > start:
         n -= 1
     return ids[:n], True
 
 
-def cue_ids(z: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of the cue `Answer:` on a line of its own after `z`."""
-    on_new_line = not z or str(tokenizer.decode(list(z))).endswith("\n")
-    return tuple(tokenizer.encode(ANSWER_CUE.lstrip("\n") if on_new_line else ANSWER_CUE, add_special_tokens=False))
+def cue_ids(z: Sequence[int], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ids of the cue `Answer:` on a line of its own after `z`, whose thinking block, if it is still open, is closed before."""
+    text = said(z, prompt_ids, tokenizer)
+    if closing := closing_ids(text, tokenizer):
+        return (*closing, *following(tokenizer, "\n", ANSWER_CUE.lstrip("\n")))
+    on_new_line = not z or text.endswith("\n")
+    return following(tokenizer, "\n", ANSWER_CUE.lstrip("\n")) if on_new_line else following(tokenizer, "a", ANSWER_CUE)
 
 
 def endings(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     """What may follow the cue when y* is said: the answer and a newline, the answer and the end of the text."""
-    said = tuple(tokenizer.encode(f" {question.answer}", add_special_tokens=False))
-    return [tuple(tokenizer.encode(f" {question.answer}\n", add_special_tokens=False)), (*said, tokenizer.eos_token_id)]
+    cue, gold = ANSWER_CUE.lstrip("\n"), gold_text(question)
+    return [following(tokenizer, cue, f" {gold}\n"), (*following(tokenizer, cue, f" {gold}"), tokenizer.eos_token_id)]
 
 
 def summarize(bounds: Sequence[Bound]) -> dict[str, float | None]:

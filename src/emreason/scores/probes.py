@@ -14,7 +14,7 @@ from emreason.engines.drawing import draw_seed
 from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
-from emreason.scores.scoring import FORCED_TOKENS
+from emreason.scores.scoring import forced_params
 from emreason.types import Engine, Question, Rationale, Request, SamplingParams
 
 DIVERGENCE = -4
@@ -29,13 +29,13 @@ def faithful(
     Greedy, after the cue `Answer:`. "11 + 9 = 19. Answer: 20" is not faithful where the model goes on to say 19: the answer came from the
     hint. Rationales without an answer, or with no room left in the context, are left out.
     """
-    params = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
     queue: deque[Request] = deque()
     for i, r in enumerate(rationales):
         if r.answer is not None:
-            z = rationale_ids(r.token_ids, tokenizer)[0]
-            context = (*prompts.ids(questions[r.question_id]), *z, *cue_ids(z, tokenizer))
-            queue.append(Request(i, context, params, stop=lambda _: True))
+            prompt_ids = prompts.ids(questions[r.question_id])
+            z = rationale_ids(r.token_ids, tokenizer, prompt_ids)[0]
+            context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
+            queue.append(Request(i, context, forced_params(questions[r.question_id], tokenizer), stop=lambda _: True))
     agree = []
     for completion in engine.generate(queue):
         key: Any = completion.request.key
@@ -62,11 +62,12 @@ def log_ratios(
     seed: int,
 ) -> list[Ratio]:
     """One draw per question from the plain prompt at temperature 1, scored under both weights; errors are left out."""
-    seeds, params = {q.id: draw_seed(seed, DIVERGENCE, q.id, 0) for q in questions}, SamplingParams(max_new_tokens=max_new_tokens)
-    queue = deque(Request(q.id, prompts.ids(q), params, seeds[q.id], stop_at_answer(q, tokenizer)) for q in questions)
-    completions = [c for c in engine.generate(queue) if c.token_ids]
-    drawn = {str(c.request.key): c.token_ids for c in completions}
-    pairs = [(c.request.prompt_ids, c.token_ids) for c in completions]
+    by_id = {q.id: q for q in questions}
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    asked = ((q, prompts.ids(q)) for q in questions)
+    queue = deque(Request(q.id, ids, params, draw_seed(seed, DIVERGENCE, q.id, 0), stop_at_answer(q, tokenizer, ids)) for q, ids in asked)
+    drawn = {str(c.request.key): c.token_ids for c in engine.generate(queue) if c.token_ids}
+    pairs = [(prompts.ids(by_id[i]), ids) for i, ids in drawn.items()]
     both = zip(drawn, score(pairs), score_base(pairs), strict=True)
     return [(i, ours - base, len(drawn[i])) for i, ours, base in both]
 

@@ -18,12 +18,13 @@ from emreason.models.families import base_causal_lm
 from emreason.models.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
 from emreason.questions.answers import correct, extract, stop_at_answer
+from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import Prompts
 from emreason.scores.stats import wilson
 from emreason.types import Completion, Engine, Question, Request, SamplingParams
 
 FORCED_TOKENS = 8
-"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few for more reasoning."""
+"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few to reason on. A choice's text adds its own."""
 
 MIN_SHARED = 8
 """Shortest common prefix of a batch that is worth a forward of its own."""
@@ -59,41 +60,43 @@ def predict(
     """Answer `questions` greedily under the plain prompt; in the order given.
 
     Where a completion ends without a well-formed answer and `forced`, the cue `Answer:` is appended to what was generated and the answer
-    decoded, so that not knowing the format and not knowing the answer can be told apart.
+    decoded, so that not knowing the format and not knowing the answer can be told apart. A thinking block
+    that is still open is closed first.
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
-
-    queue = deque(Request(q.id, prompts.ids(q, "question", n_examples), params, stop=stop_at_answer(q, tokenizer)) for q in questions)
+    asked = ((q, prompts.ids(q, "question", n_examples)) for q in questions)
+    queue = deque(Request(q.id, ids, params, stop=stop_at_answer(q, tokenizer, ids)) for q, ids in asked)
     drawn: dict[str, Completion] = {}
     hits = 0
     for completion in engine.generate(queue):
         question = by_id[str(completion.request.key)]
         drawn[question.id] = completion
         if bar is not None:
-            hits += correct(extract(_text(tokenizer, completion.token_ids), question), question)
+            hits += correct(extract(_text(tokenizer, completion), question), question)
             bar.update(1, len(completion.token_ids), f"correct {hits / len(drawn):.0%}")
 
-    answers = {key: extract(_text(tokenizer, c.token_ids), by_id[key]) for key, c in drawn.items()}
+    texts = {key: _text(tokenizer, c) for key, c in drawn.items()}
+    answers = {key: extract(text, by_id[key]) for key, text in texts.items()}
     forced_answers = dict(answers)
     if forced:
-        eos = set(tokenizer.all_special_ids)
-        cue = SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS)
+        silent = silent_ids(tokenizer)
         queue = deque()
         for key, completion in drawn.items():
             if answers[key] is None and completion.finish_reason != "error":
-                said = tuple(i for i in completion.token_ids if i not in eos)
-                queue.append(Request(key, (*completion.request.prompt_ids, *said, *prompts.answer_cue_ids), cue, stop=lambda _: True))
+                spoken = tuple(i for i in completion.token_ids if i not in silent)
+                context = (*completion.request.prompt_ids, *spoken, *closing_ids(texts[key], tokenizer), *prompts.answer_cue_ids)
+                queue.append(Request(key, context, forced_params(by_id[key], tokenizer), stop=lambda _: True))
         for completion in engine.generate(queue):
             key = str(completion.request.key)
-            line = _text(tokenizer, completion.token_ids).strip().split("\n")[0]
+            line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
             forced_answers[key] = extract(f"Answer: {line}", by_id[key])
     return [
         Prediction(
             question_id=q.id,
             question=q.text,
             gold=q.answer,
-            text=_text(tokenizer, drawn[q.id].token_ids),
+            text=texts[q.id],
             answer=answers[q.id],
             correct=correct(answers[q.id], q),
             forced_answer=forced_answers[q.id],
@@ -105,8 +108,15 @@ def predict(
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """Greedy, with room for a letter or a number, or for the longest choice where its text is the answer."""
+    texts = question.choices if question.answer_as == "text" else ()
+    longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in texts), default=0)
+    return SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS + longest)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    return said(completion.token_ids, completion.request.prompt_ids, tokenizer)
 
 
 def score(predictions: Sequence[Prediction], seconds: float, forced: bool = True) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,7 +16,7 @@ from emreason.em.e_step import EStep, iterations_done
 from emreason.em.module import EMModule
 from emreason.models.loading import weights_fingerprint
 from emreason.runs.journal import JsonLines, read_lines, to_line, write_atomic
-from emreason.runs.summary import Summary, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, tokens_drawn
 from emreason.scores.scoring import Prediction
 from emreason.types import Question
 
@@ -91,6 +91,24 @@ class Recorder(Callback):
         self.tokens += e_step.record["tokens"]
         if self.token_budget is not None and self.tokens >= self.token_budget:
             trainer.should_stop = True
+
+
+class Checkpoints(Checkpoint):
+    """`best.ckpt`, the weights of the best iteration, and `last.ckpt`, what a resumed run goes on from; after the summary is written.
+
+    Which one is the best is read from the summary: Lightning's `ModelCheckpoint` forgets it in a run folder that was moved.
+    """
+
+    def __init__(self, summary: Summary, folder: Path):
+        self.summary = summary
+        self.best, self.last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        # the first rank alone has the summary
+        is_best = trainer.is_global_zero and best_iteration(self.summary.values["iterations"]) == trainer.current_epoch
+        if trainer.strategy.broadcast(is_best):
+            trainer.save_checkpoint(self.best, weights_only=True)
+        trainer.save_checkpoint(self.last)
 
 
 def write_predictions(folder: Path, name: str, predictions: list[Prediction]) -> None:
