@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import numpy as np
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emreason.engines.drawing import draw_seed
-from emreason.engines.inprocess import common_prefix
 from emreason.progress import bar
 from emreason.questions.answers import correct, extract, gold_text, stop_at_answer
 from emreason.questions.grammar.thinking import said
-from emreason.runs.checks import check_values
-from emreason.runs.console import quiet, report_errors
-from emreason.runs.experiment import CONF, Experiment, build, read_config
+from emreason.runs import help
+from emreason.runs.console import report_errors
+from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
 from emreason.runs.journal import write_json
 from emreason.schemes.samplers import Scheme
-from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
-from emreason.scores.scoring import Stopwatch, mean, predict, score
-from emreason.scores.stats import pass_at_k, wilson
-from emreason.tracking.recorder import write_predictions
 from emreason.types import Question, Request, UserError, plain
+
+if TYPE_CHECKING:
+    import torch
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -41,7 +37,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a value is not allowed, or data or model cannot be loaded.
     """
-    check_values(cfg)
+    load_libraries(cfg)
+    from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
+    from emreason.scores.scoring import Stopwatch, predict, score
+    from emreason.scores.stats import wilson
+    from emreason.tracking.recorder import write_predictions
+
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
     experiment = build(cfg)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
@@ -82,6 +83,10 @@ def sampled(
     experiment: Experiment, questions: Sequence[Question], scheme: Scheme, *, k: int, n_examples: int, seed: int
 ) -> dict[str, float | None]:
     """pass@1 … pass@k (unbiased, Chen et al. 2021) and maj@k from k draws per question under the plain prompt."""
+    from emreason.engines.drawing import draw_seed
+    from emreason.scores.scoring import mean
+    from emreason.scores.stats import pass_at_k
+
     by_id = {question.id: question for question in questions}
     answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
     tokenizer = experiment.tokenizer
@@ -112,7 +117,6 @@ def _majority(answers: Sequence[str | None]) -> str | None:
     return Counter(given).most_common(1)[0][0] if given else None
 
 
-@torch.no_grad()
 def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:
     """For each multiple-choice question the letter with the highest log π(" A" | prompt + "Answer:"); no reasoning.
 
@@ -121,6 +125,11 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
     Raises:
         UserError: a question has no choices.
     """
+    import numpy as np
+    import torch
+
+    from emreason.engines.inprocess import common_prefix
+
     experiment.model.eval()
     best = []
     with bar("Evaluation, log-likelihood", len(questions), "questions") as progress:
@@ -134,13 +143,18 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
             begin = min(len(prompt), *(common_prefix(np.asarray(prompt), np.asarray(one)) for one in whole))
             letters = [one[begin:] for one in whole]
             prompt = prompt[:begin]
-            best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
+            with torch.no_grad():
+                best.append(question.letters[int(continuation_logprobs(experiment.model, prompt, letters).argmax())])
             progress.update(1, len(prompt))
     return best
 
 
 def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
     """log π(continuation | prompt), nats, of each; single tokens share one forward pass of the prompt alone."""
+    import torch
+
+    from emreason.scores.likelihood import completion_logprobs
+
     if all(len(ids) == 1 for ids in continuations):
         ids = torch.tensor([prompt], device=next(model.parameters()).device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
@@ -197,8 +211,10 @@ def _task(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Console script `emreason-eval`."""
-    quiet()
-    report_errors(_task, again="begins again")
+    if help.asked_for(sys.argv[1:]):
+        print(help.text("evaluate"), end="")
+    else:
+        report_errors(_task, again="begins again")
 
 
 if __name__ == "__main__":

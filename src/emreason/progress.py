@@ -1,7 +1,10 @@
-"""One progress line for long work: a live bar in a terminal, a line every ten seconds elsewhere."""
+"""What long work says while it lasts: a live bar in a terminal, elsewhere a line every few seconds. Nothing is silent for ten seconds."""
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +12,65 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-EVERY_S = 10.0
+from emreason.types import plain
+
+EVERY_S = 5.0
+
+
+@functools.cache
+def console() -> Console:
+    """Where people are told what happens: stderr, model text never read as markup."""
+    return Console(stderr=True, markup=False)
+
+
+def rank() -> int:
+    """This process's rank among those that work on one run, as Lightning reads it from the launcher's environment."""
+    return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name)), 0))
+
+
+class _Voice:
+    """Repeats what the innermost open work has come to whenever nothing was said for `EVERY_S`.
+
+    A thread, since the work may be inside a single call of a library for minutes.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[Bar | Doing] = []
+        self.said = time.monotonic()
+        self.thread: threading.Thread | None = None
+
+    def say(self, line: str) -> None:
+        self.said = time.monotonic()
+        console().print(Text("\n".join(map(plain, line.split("\n")))), soft_wrap=True)
+
+    @contextmanager
+    def during(self, work: Bar | Doing) -> Iterator[None]:
+        self.open.append(work)
+        self.said = time.monotonic()
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+        try:
+            yield
+        finally:
+            self.open.remove(work)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, EVERY_S / 5))
+            if time.monotonic() - self.said > EVERY_S and (work := next(iter(self.open[-1:]), None)) and (line := work.line()):
+                self.say(line)
+
+
+_voice = _Voice()
+
+
+def say(text: str) -> None:
+    """Print lines of plain text: no markup is read in them, no control character passes."""
+    if text:
+        _voice.say(text)
 
 
 @dataclass
@@ -20,13 +80,11 @@ class Bar:
     label: str
     total: int
     unit: str
-    console: Console
     progress: Progress | None = None
     done: int = 0
     tokens: int = 0
     note: str = ""
     started: float = field(default_factory=time.monotonic)
-    printed: float = field(default_factory=time.monotonic)
 
     def update(self, done: int = 0, tokens: int = 0, note: str | None = None) -> None:
         """Add `done` units and `tokens` tokens."""
@@ -34,12 +92,15 @@ class Bar:
         self.note = self.note if note is None else note
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=self.done, note=self._rate())
-        elif time.monotonic() - self.printed > EVERY_S:
-            self.printed = time.monotonic()
-            seconds = time.monotonic() - self.started
-            # the first units come late and together: no estimate from them
-            left = f" · {seconds / self.done * (self.total - self.done):.0f} s left" if self.done > 0.05 * self.total else ""
-            self.console.print(f"{self.label}: {self.done}/{self.total} {self.unit} · {self._rate()}{left}", highlight=False)
+
+    def line(self) -> str:
+        """What to say where there is no live bar."""
+        if self.progress is not None:
+            return ""
+        seconds = time.monotonic() - self.started
+        # the first units come late and together: no estimate from them
+        left = f" · {seconds / self.done * (self.total - self.done):.0f} s left" if self.done > 0.05 * self.total else ""
+        return f"{self.label}: {self.done}/{self.total} {self.unit} · {self._rate()} · {seconds:.0f} s{left}"
 
     def _rate(self) -> str:
         rate = self.tokens / max(time.monotonic() - self.started, 1e-6)
@@ -49,10 +110,13 @@ class Bar:
 @contextmanager
 def bar(label: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[Bar]:
     """Show progress over `total` units; ends with one summary line. `enabled=False` (ranks > 0) shows nothing."""
-    console = Console(stderr=True, quiet=not enabled, markup=False)
-    if not (enabled and console.is_terminal):
-        current = Bar(label, total, unit, console)
-        yield current
+    if not enabled:
+        yield Bar(label, total, unit)
+        return
+    if not console().is_terminal:
+        current = Bar(label, total, unit)
+        with _voice.during(current):
+            yield current
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -62,10 +126,40 @@ def bar(label: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[
             TextColumn("{task.fields[note]}"),
         )
         with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console(), transient=True
         ) as progress:
             progress.add_task(label, total=total, note="")
-            current = Bar(label, total, unit, console, progress)
-            yield current
+            current = Bar(label, total, unit, progress)
+            with _voice.during(current):
+                yield current
     seconds = time.monotonic() - current.started
-    console.print(f"{label}: {current.done}/{total} {unit} · {current._rate()} · {seconds:.1f} s", highlight=False)
+    _voice.say(f"{label}: {current.done}/{total} {unit} · {current._rate()} · {seconds:.1f} s")
+
+
+@dataclass
+class Doing:
+    """Work without units to count. `note` is said with the seconds it took."""
+
+    label: str
+    note: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    def line(self) -> str:
+        """What to say while it lasts."""
+        return f"{self.label} · {time.monotonic() - self.started:.0f} s so far"
+
+
+@contextmanager
+def doing(label: str, *, at_once: bool = True) -> Iterator[Doing]:
+    """Say what is done, that it still is, and how long it took. `at_once=False`: nothing unless it takes longer than `EVERY_S`."""
+    current = Doing(label)
+    if rank() > 0:
+        yield current
+        return
+    if at_once:
+        _voice.say(f"{label} …")
+    with _voice.during(current):
+        yield current
+    seconds = time.monotonic() - current.started
+    if at_once or seconds > EVERY_S:
+        _voice.say(" · ".join(filter(None, [label, current.note, f"{seconds:.1f} s"])))

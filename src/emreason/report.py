@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 
 from emreason.reports.reading import collect
-from emreason.reports.writing import print_runs, write_report
 from emreason.types import UserError
 
 
@@ -25,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         runs = collect(arguments.paths)
+        from emreason.reports.writing import print_runs, write_report  # matplotlib and scipy
+
         out = Path(arguments.out) if arguments.out else _common_parent(arguments.paths) / "report"
         print_runs(runs, Console())
         written = write_report(runs, out)

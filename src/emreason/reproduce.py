@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -157,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_plan(grids, console)
         if arguments.plan:
             return
+        import torch
+
         if arguments.scale == "gpu" and not torch.cuda.is_available():
             raise UserError("There is no GPU here; `make reproduce SCALE=cpu` runs the same grid at the size of two CPU cores.")
     except UserError as error:

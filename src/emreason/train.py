@@ -6,33 +6,28 @@ import contextlib
 import functools
 import re
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from emreason.em.checkpoints import iterations_in
-from emreason.em.datamodule import RationaleDataModule
-from emreason.em.e_step import EStep
-from emreason.em.module import EMModule
-from emreason.models.loading import export
 from emreason.models.memory import out_of_memory_told, release_memory
+from emreason.progress import console, doing, rank
 from emreason.reports.sweep import run_job
-from emreason.runs.console import EXPECTED, console, one_sentence, quiet, report_errors
+from emreason.runs import help
+from emreason.runs.console import EXPECTED, one_sentence, report_errors
 from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, identity, read
-from emreason.runs.journal import AtomicCheckpointIO, Journal, locked, write_atomic
+from emreason.runs.journal import Journal, locked, write_atomic
 from emreason.runs.summary import Summary, best_iteration, read_summary, tokens_drawn
-from emreason.tracking.dashboard import RUN_ID, Iterations, finish, wandb_runs
-from emreason.tracking.divergence import Divergence
-from emreason.tracking.recorder import Checkpoints, JsonlLogger, Recorder, write_predictions
 from emreason.types import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -42,7 +37,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: something in the configuration, the data or the run cannot work; the summary's status is then `failed`.
     """
     folder = folder.resolve()
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    first = rank() == 0
     # where torchrun or SLURM has started the other ranks, what ends the first at once must end them: they would wait for it
     with locked(folder) if first else contextlib.nullcontext():
         try:
@@ -82,7 +77,8 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     try:
         experiment = settings.build(summary.values["dtype"])
         summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
-        _run(settings, folder, experiment, summary)
+        with doing(f"Run in {folder}", at_once=False):  # what no bar covers is heard as this
+            _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         summary.update(status="interrupted")
         raise
@@ -94,6 +90,8 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:
+        from emreason.tracking.dashboard import finish
+
         finish(summary.values["status"])
         experiment = None
         release_memory()  # a sweep's next job starts without this one's model
@@ -102,6 +100,19 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
 
 @out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
+    import lightning as L
+
+    from emreason.em.checkpoints import iterations_in
+    from emreason.em.datamodule import RationaleDataModule
+    from emreason.em.e_step import EStep
+    from emreason.em.module import EMModule
+    from emreason.models.loading import export
+    from emreason.tracking.dashboard import Iterations, wandb_runs
+    from emreason.tracking.divergence import Divergence
+    from emreason.tracking.m_step_bar import MStepBar
+    from emreason.tracking.recorder import Checkpoints, Recorder, write_predictions
+    from emreason.tracking.samples import Samples
+
     L.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoints = Checkpoints(summary, folder)
     done = iterations_in(checkpoints.last)
@@ -121,6 +132,8 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
             *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
             Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
             Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
+            MStepBar(),
+            *([] if settings.quiet else [Samples(folder)]),
             checkpoints,
         ],
     )
@@ -128,7 +141,8 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     trainer.test(module, datamodule, ckpt_path=checkpoints.best, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
-        export(module.model, module.tokenizer, folder / "model")
+        with doing(f"Writing {folder / 'model'}", at_once=False):
+            export(module.model, module.tokenizer, folder / "model")
         summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
         for run in wandb_runs(trainer):
             run.publish(summary.values)
@@ -138,6 +152,11 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
 
 
 def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from emreason.em.checkpoints import AtomicCheckpointIO
+    from emreason.tracking.recorder import JsonlLogger
+
     logger = settings.logger(folder)
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
@@ -171,6 +190,8 @@ def _max_epochs(settings: Settings, done: list[dict[str, Any]]) -> int:
 
 
 def _clear(folder: Path) -> None:
+    from emreason.tracking.dashboard import RUN_ID
+
     for name in ("rationales", "predictions", "checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "config.yaml", RUN_ID):
@@ -185,15 +206,14 @@ def _task(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Train and print the run's table; returns validation accuracy, what sweepers optimise."""
-    from emreason.reports.reading import collect
-    from emreason.reports.writing import print_runs
-
-    quiet()  # also where a launcher runs the job in a process of its own
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         summary = run_job(train, cfg, folder)
     else:
         summary = train(cfg, folder)
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if rank() == 0:
+            from emreason.reports.reading import collect
+            from emreason.reports.writing import print_runs
+
             print_runs(collect([folder]), Console())
             print(f"Run folder: {folder}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
@@ -201,7 +221,10 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
 def main() -> None:
     """Console script `emreason`."""
-    report_errors(_task)
+    if help.asked_for(sys.argv[1:]):
+        print(help.text("train"), end="")
+    else:
+        report_errors(_task)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from test_config import compose_config
 from test_train import assert_same, learned
 from transformers import AutoModelForCausalLM
 
-from emreason import train as training
+from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.em.module import EMModule
 from emreason.runs import experiment
-from emreason.runs.journal import AtomicCheckpointIO
 from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError
@@ -34,7 +33,7 @@ def killed(monkeypatch, folder, cfg):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "export", kill)
+        patch.setattr("emreason.models.loading.export", kill)
         with pytest.raises(KeyboardInterrupt):
             train(cfg, folder)
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)

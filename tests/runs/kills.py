@@ -24,6 +24,7 @@ from test_train import SMOKE, assert_same, learned
 
 from emreason import evaluate, train
 from emreason.runs import journal
+from emreason.tracking import dashboard, divergence, m_step_bar, recorder, samples  # noqa: F401  (else every fork would import all of it)
 
 COMMANDS = {"emreason": train.main, "emreason-eval": evaluate.main}
 Moment = Callable[[], bool]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emreason.runs.journal import AtomicCheckpointIO, Journal, JsonLines, locked, rationale_from, read_lines, to_line, write_json
+from emreason.em.checkpoints import AtomicCheckpointIO
+from emreason.runs.journal import Journal, JsonLines, locked, rationale_from, read_lines, to_line, write_json
 from emreason.types import Rationale, UserError
 
 

@@ -21,6 +21,7 @@ from emreason.em.steps import steps_of
 from emreason.models.batches import Step
 from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
+from emreason.progress import doing
 from emreason.runs.journal import Journal, journal_record
 from emreason.schemes.choice import choose
 from emreason.schemes.diagnostics import e_step_record
@@ -92,7 +93,8 @@ class EStep(Callback):
         by_id = {q.id: q for q in self.questions}
         if self.scheme.weighs_by_importance:
             score = functools.partial(completion_logprobs, module.model)
-            attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
+            with doing(f"E-step {iteration}, importance weights of {len(attempts)} rationales"):
+                attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
         memory: dict[str, Rationale] = functools.reduce(lambda known, drawn: remembered(drawn, known), past, {})
         weighed = weigh(gather(attempts), self.scheme, seed=self.seed, iteration=iteration, memory=memory)
         order = {question.id: i for i, question in enumerate(self.questions)}
@@ -109,7 +111,8 @@ class EStep(Callback):
         self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
         if self.faithfulness:
             accepted = [r for r in attempts if r.accepted]
-            agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
+            with doing(f"E-step {iteration}, faithfulness of {len(accepted)} rationales"):
+                agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
             self.record["faithful_rate"] = mean(agree)
         release_memory()  # the engine's cache, before the M-step's activations
         map_large_blocks()

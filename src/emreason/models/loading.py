@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 import time
@@ -17,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
+from emreason.models.sizes import gguf_cache
+from emreason.progress import doing
 from emreason.types import UserError
-
-log = logging.getLogger(__name__)
 
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -118,34 +116,29 @@ def _load_gguf(folder: Path, gguf_file: str, dtype: torch.dtype) -> LoadedModel:
     file = folder / gguf_file
     if not file.is_file():
         raise UserError(f"model: {file} does not exist; give the path of a .gguf file.")
-    cached = _gguf_cache(file)
+    cached = gguf_cache(file)
     if not (cached / "config.json").is_file():
-        log.info("Converting %s once; kept in %s", gguf_file, cached)
-        # a name of its own per process: two runs may convert at the same time
-        partial = cached.with_name(f"{cached.name}.partial-{os.getpid()}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-        except Exception as error:
-            raise UserError(f"model: {file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
-        drop_quantization(model)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        try:
-            partial.rename(cached)
-        except OSError:  # the other process was first
-            shutil.rmtree(partial)
+        with doing(f"Converting {gguf_file} once; kept in {cached}"):
+            _convert(folder, gguf_file, cached)
     return load_pretrained(str(cached), dtype=dtype)
 
 
-def _gguf_cache(file: Path) -> Path:
-    """Where the de-quantised copy of a GGUF lives: reading a GGUF takes ~20 s, the copy 1 s."""
-    root = Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    path = root / f"{file.stem}-{key}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _convert(folder: Path, gguf_file: str, cached: Path) -> None:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own per process: two runs may convert at the same time
+    partial = cached.with_name(f"{cached.name}.partial-{os.getpid()}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+    except Exception as error:
+        raise UserError(f"model: {folder / gguf_file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
+    drop_quantization(model)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(cached)
+    except OSError:  # the other process was first
+        shutil.rmtree(partial)
 
 
 def drop_quantization(model: PreTrainedModel) -> None:

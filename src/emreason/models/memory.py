@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from emreason.types import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
@@ -46,6 +44,8 @@ def spare_imports() -> None:
 
 def release_memory() -> None:
     """Return what is free to the system (and cached GPU memory to the driver)."""
+    import torch
+
     gc.collect()
     if libc := _glibc():
         libc.malloc_trim(0)
@@ -55,6 +55,8 @@ def release_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device memory ran out; torch has a class of its own for devices only."""
+    import torch
+
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
+from emreason.progress import console
 from emreason.runs.checks import check_config_for_secrets, ranks_started
-from emreason.runs.console import EXPECTED, console, one_sentence
+from emreason.runs.console import EXPECTED, one_sentence
 from emreason.runs.interrupt import leave_with_launcher
 from emreason.runs.summary import read_summary
-from emreason.types import UserError
+from emreason.types import UserError, plain
 
 
 def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -75,23 +77,24 @@ class SweepTable(Callback):
         self.jobs: Path | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse secrets before Hydra saves the config.
+        """Refuse secrets, and stop after a plan, before Hydra makes the folder and saves the config.
 
         Raises:
-            SystemExit: there is one.
+            SystemExit: there is a secret; or the plan was printed, with exit code 0.
         """
-        try:
-            check_config_for_secrets(config)
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from error
+        refuse_secrets(config)
+        if config.get("plan"):
+            show_plan(config)
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Begin the list of jobs.
 
         Raises:
-            SystemExit: there is a secret in the config, or torchrun or srun has started this sweep once per rank.
+            SystemExit: there is a secret in the config, a plan is asked for, or torchrun or srun has started this sweep once per rank.
         """
-        self.on_run_start(config, **kwargs)
+        refuse_secrets(config)
+        if config.get("plan"):
+            raise SystemExit("error: plan=true tells what one run does; leave -m and lists of values out.")
         if (started := ranks_started() or 1) > 1:
             raise SystemExit(
                 f"error: {started} processes were started, and each would begin the whole sweep. Start it without torchrun or srun: each "
@@ -127,3 +130,31 @@ class SweepTable(Callback):
         if unfinished:
             names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
             raise SystemExit(f"error: {len(unfinished)} of {len(folders)} jobs failed, the same command tries them again: {names}")
+
+
+def refuse_secrets(config: DictConfig) -> None:
+    """Raises SystemExit where the config holds one."""
+    try:
+        check_config_for_secrets(config)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def show_plan(config: DictConfig) -> None:
+    """Print what a run would do, and leave.
+
+    Raises:
+        SystemExit: always; code 0 where there is a plan. (After any other exception of a callback Hydra would begin the run.)
+    """
+    from emreason.runs.plan import plan
+
+    try:
+        run = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        lines = plan(run, Path(config.hydra.run.dir)).split("\n")
+    except EXPECTED as error:
+        raise SystemExit(f"error: {one_sentence(error)}") from error
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(1) from error
+    Console().print(Text("\n".join(map(plain, lines))), soft_wrap=True)
+    raise SystemExit(0)

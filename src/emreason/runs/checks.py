@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer
@@ -65,6 +64,8 @@ _DIAGNOSTICS = Allowed(
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
     "overwrite": FLAG,
+    "quiet": FLAG,
+    "plan": FLAG,
     "keep_checkpoints": FLAG,
     "rationale_rows": whole(1),
     "sampler.budget": whole(1),
@@ -136,6 +137,18 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is not allowed, or is a secret; the message names the key and what is allowed.
     """
+    check_plain(cfg)
+    check_keys(cfg, EVALUATION_KEYS if "method" in cfg else TRAIN_KEYS)
+    check_trainer(cfg.trainer)
+    _check_devices(cfg)
+
+
+def check_plain(cfg: DictConfig) -> None:
+    """What can be told of a config at once: nothing large is imported.
+
+    Raises:
+        UserError: as `check_values`.
+    """
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra."))
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=…")
@@ -144,10 +157,7 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not allowed.holds(value):
             raise UserError(f"{key}={'null' if value is None else value}: it must be {allowed.words}.")
-    check_keys(cfg, EVALUATION_KEYS if "method" in cfg else TRAIN_KEYS)
     _check_betas(OmegaConf.select(cfg, "optimizer.betas"))
-    check_trainer(cfg.trainer)
-    _check_devices(cfg)
 
 
 _ABSENT = object()
@@ -159,6 +169,8 @@ def try_optimizer(make: Callable[..., Any]) -> None:
     Raises:
         UserError: it cannot be made.
     """
+    import torch
+
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -182,6 +194,8 @@ def _check_devices(cfg: DictConfig) -> None:
             "the engine samples from the whole weights. For a model too large for one device use peft=lora, engine.dtype=bfloat16 or "
             "m_step.gradient_checkpointing=true."
         )
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and not gpus:
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch can use; use cpu or auto.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
 import sys
@@ -13,8 +12,6 @@ from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from transformers.utils import logging as hf_logging
 
 from emreason.runs.checks import check_arguments, quoted
 from emreason.runs.interrupt import stop_on_signals
@@ -22,12 +19,6 @@ from emreason.types import UserError, plain
 
 EXPECTED = (UserError, HydraException, OmegaConfBaseException, OSError)
 """Errors that are told in one sentence; anything else is a bug and keeps its traceback."""
-
-
-@functools.cache
-def console() -> Console:
-    """Where people are told what happens: stderr, model text never read as markup."""
-    return Console(stderr=True, markup=False)
 
 
 def report_errors(task: Callable[[], Any], again: str = "goes on where it stopped") -> None:
@@ -77,7 +68,10 @@ def one_sentence(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """Silence what libraries say about themselves; our own lines and errors remain."""
+    """Silence what libraries say about themselves; our own lines and errors remain. They are loaded here: loading resets their levels."""
+    import lightning  # noqa: F401
+    from transformers.utils import logging as hf_logging
+
     hf_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

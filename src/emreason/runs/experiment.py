@@ -6,25 +6,26 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from emreason.models.kernels import compile_ahead
-from emreason.models.loading import choose_dtype
 from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
-from emreason.questions.datasets import Dataset
+from emreason.models.sizes import describe
+from emreason.progress import doing, rank, say
+from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import check_values, try_optimizer
-from emreason.runs.console import console
+from emreason.runs.checks import check_plain, check_values, try_optimizer
+from emreason.runs.console import quiet
 from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[3] / "conf")
@@ -38,6 +39,8 @@ MAY_CHANGE = (
     "rationale_rows",
     "evaluation.diagnostics",
     "overwrite",
+    "quiet",
+    "plan",
     "keep_checkpoints",
     "data_root",
     "engine.max_batch",
@@ -72,6 +75,7 @@ class Settings:
     text: str
     seed: int
     overwrite: bool
+    quiet: bool
     keep_checkpoints: bool
     token_budget: int | None
     rationale_rows: int
@@ -91,14 +95,14 @@ def read(cfg: DictConfig) -> Settings:
     Raises:
         UserError, HydraException: a value is not allowed.
     """
-    check_values(cfg)
+    load_libraries(cfg)
     make = hydra.utils.instantiate
     optimizer = make(cfg.optimizer)
     try_optimizer(optimizer)
     return Settings(
         identity(cfg),
         OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
-        **{key: cfg[key] for key in ("seed", "overwrite", "keep_checkpoints", "token_budget", "rationale_rows")},
+        **{key: cfg[key] for key in ("seed", "overwrite", "quiet", "keep_checkpoints", "token_budget", "rationale_rows")},
         max_epochs=cfg.trainer.max_epochs,
         scheme=make(cfg.sampler),
         m_step=make(cfg.m_step),
@@ -124,6 +128,20 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return names | {"scheme": cfg.sampler.display, "budget": cfg.sampler.budget, "tag": cfg.tag}
 
 
+def load_libraries(cfg: DictConfig) -> None:
+    """Check the config, say what it is about, and import what is large.
+
+    Raises:
+        UserError: as `check_values`.
+    """
+    check_plain(cfg)
+    if rank() == 0:
+        say(f"Model {describe(cfg.model.name, cfg.model.load)}, dataset {cfg.dataset.name}")
+    with doing("Loading PyTorch, Lightning and transformers"):
+        quiet()
+        check_values(cfg)
+
+
 @out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
 def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     """Load data first (its errors are cheap), then the model.
@@ -134,18 +152,24 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     Raises:
         UserError: data or model cannot be loaded.
     """
+    import torch
+
+    from emreason.models.kernels import compile_ahead
+    from emreason.models.loading import choose_dtype
+
     keep_freed_memory()
     spare_imports()
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
-    for split in ("train", "validation", "test"):
-        dataset.questions(split)
+    with doing(f"Reading dataset {cfg.dataset.name}") as reading:
+        reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
     wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
     if wanted > there:
         key = "examples" if "examples" in cfg else "sampler.worked_examples"
         raise UserError(
             f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
         )
-    rank_zero_only(console().print)(dataset.understood(), highlight=False, soft_wrap=True)
+    if rank() == 0:
+        say(dataset.understood())
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
     precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
     if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
@@ -154,9 +178,11 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
-    model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
-    if "add" in cfg.peft:
-        model = hydra.utils.instantiate(cfg.peft.add)(model)
+    with doing(f"Loading model {describe(cfg.model.name, cfg.model.load)}") as loading:
+        model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
+        if "add" in cfg.peft:
+            model = hydra.utils.instantiate(cfg.peft.add)(model)
+        loading.note = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {str(chosen).removeprefix('torch.')}"
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     prompts.check()

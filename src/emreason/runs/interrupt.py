@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emreason.progress import rank
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 _commands: list[Stop] = []
@@ -31,7 +33,7 @@ class Stop:
     def leave(self, again: str) -> None:
         """Say how to go on, put the SLURM job back into the queue where its warning signal came, and exit with 128 + the signal."""
         assert self.signal is not None
-        if _rank() == 0:
+        if rank() == 0:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             print(f"Interrupted by {self.signal.name}; the same command {again}: {command}", file=sys.stderr)
             if self.signal == signal.SIGUSR1:
@@ -57,16 +59,12 @@ def stop_on_signals() -> Iterator[Stop]:
     numbers = [*STOPPING, signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [*STOPPING]
     before = {number: signal.signal(number, handle) for number in numbers}
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        _watch_parent(f"Rank {_rank()}")
+        _watch_parent(f"Rank {rank()}")
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _rank() -> int:
-    return int(os.environ.get("SLURM_PROCID") or os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 
 
 def _requeue() -> None:

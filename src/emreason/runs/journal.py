@@ -1,4 +1,4 @@
-"""The run folder on disk: attempts appended as they happen, summaries and checkpoints replaced atomically, torn lines repaired."""
+"""The run folder on disk: attempts appended as they happen, summaries replaced atomically, torn lines repaired."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
-
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from emreason.types import Question, Rationale, UserError
 
@@ -186,28 +183,6 @@ def rationale_from(record: dict[str, Any]) -> Rationale:
 def journal_record(question: Question, rationale: Rationale) -> dict[str, Any]:
     """A journal line: the attempt, and the question and gold answer for whoever reads it."""
     return {**dataclasses.asdict(rationale), "question": question.text, "gold": question.answer}
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, streamed to a temporary file and renamed: no half-written checkpoint, no second copy in memory.
-
-    Without CRC-32: computing it takes as long as writing, and a checkpoint is whole or not there.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            with named(path), partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            torch.serialization.set_crc32_options(before)
-        partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,21 @@ from emreason.types import UserError
 _GROUPS = {"model", "dataset", "sampler", "engine", "peft", "trainer"}
 EVALUATION_KEYS = _GROUPS | {"run", "split", "method", "examples", "samples", "bound", "seed", "data_root", "predictions"}
 TRAIN_KEYS = _GROUPS | {
-    *("task", "seed", "tag", "data_root", "overwrite", "m_step", "evaluation", "token_budget", "keep_checkpoints", "rationale_rows"),
-    *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
+    *(
+        "task",
+        "seed",
+        "tag",
+        "data_root",
+        "overwrite",
+        "plan",
+        "quiet",
+        "m_step",
+        "evaluation",
+        "token_budget",
+        "keep_checkpoints",
+        "rationale_rows",
+    ),
+    *("optimizer", "logger", "plan", "quiet", "trial"),  # trial: where a sweeper names its runs
 }
 SECTIONS = {
     "model": {"name", "load"},

@@ -7,14 +7,13 @@ import json
 import platform
 import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities import rank_zero_only
-
 from emreason import __version__
+from emreason.progress import rank
 from emreason.runs.journal import write_json
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "vllm")
@@ -41,9 +40,10 @@ class Summary:
             "git_commit": git_commit(),
         }
 
-    @rank_zero_only
     def update(self, **values: Any) -> None:
-        """Change keys and write the file."""
+        """Change keys and write the file; the first rank alone does."""
+        if rank() > 0:
+            return
         self.values.update(values)
         self.values["seconds"] = round(self._spent + time.monotonic() - self._start, 3)
         self.values["peak_memory_bytes"] = max(self.values["peak_memory_bytes"] or 0, peak_memory_bytes())
@@ -73,7 +73,8 @@ def peak_memory_bytes() -> int:
     """The largest resident set of this process so far (and with CUDA, plus the largest allocation on the device)."""
     scale = 1 if platform.system() == "Darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    torch = sys.modules.get("torch")  # nothing was allocated where it is not loaded
+    return resident + (torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0)
 
 
 def versions() -> dict[str, str]:

@@ -18,15 +18,15 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from emreason.engines.drawing import draw_seed
 from emreason.questions.answers import extract, stop_at_answer
 from emreason.questions.grammar.thinking import said, speech_start, without_marks
 from emreason.questions.prompts import Prompts
 from emreason.types import Completion, Engine, Proposal, Question, Rationale, Request, SamplingParams, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROPOSALS = ("question", "rationalization")
 _ANSWER_LINE = re.compile(r"^[^\w\n]*(?:_[^\w\n]*)*(?:(?:final|the)[^\S\n]+){0,2}answer\b", re.IGNORECASE | re.MULTILINE)
@@ -168,6 +168,8 @@ def sample(
     Args:
         replayed: attempts already journalled in this iteration; they are not drawn again and not yielded.
     """
+    from emreason.engines.drawing import draw_seed  # and PyTorch, which a plan does without
+
     examples = scheme.n_examples(iteration)
     by_id = {question.id: question for question in questions}
     past: dict[str, list[Rationale]] = {}

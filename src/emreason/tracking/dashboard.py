@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from emreason.runs.console import console
+from emreason.progress import console
 from emreason.runs.experiment import flatten
 from emreason.runs.journal import read_lines, write_atomic
 from emreason.runs.summary import Summary

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from emreason.em.module import EMModule
 from emreason.em.ranks import gather
+from emreason.progress import doing
 from emreason.scores.likelihood import completion_logprobs
 from emreason.scores.probes import kl_per_token, log_ratios
 from emreason.types import Question
@@ -48,8 +49,9 @@ class Divergence(Callback):
                 return score(pairs, temperature)
 
         parts = (module.engine, module.prompts, module.tokenizer, score, score_base)
-        mine = log_ratios(first[trainer.global_rank :: world], *parts, max_new_tokens=module.evaluation.max_new_tokens, seed=self.seed)
-        values = kl_per_token(sorted(gather(mine)))
+        mine, longest = first[trainer.global_rank :: world], module.evaluation.max_new_tokens
+        with doing(f"Validation {trainer.current_epoch}, KL from the base model on {len(first)} questions"):
+            values = kl_per_token(sorted(gather(log_ratios(mine, *parts, max_new_tokens=longest, seed=self.seed))))
         module.scores["validation"] |= values
         module.log_dict({f"validation/{k}": v for k, v in values.items() if v is not None}, rank_zero_only=False, batch_size=1)
 

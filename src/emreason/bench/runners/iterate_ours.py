@@ -18,11 +18,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from emreason import train
 from emreason.bench.work import ITERATION, configured
 from emreason.em import m_step
+from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.em.e_step import EStep
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
 from emreason.runs import experiment
-from emreason.runs.journal import AtomicCheckpointIO
 
 WORK = ("decoding", "forward", "backward", "optimizer")
 """The rest of an iteration is overhead."""

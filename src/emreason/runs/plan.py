@@ -1,0 +1,121 @@
+"""`plan=true`: what a run would do, told without loading a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from emreason.models.sizes import GB, describe, parameters
+from emreason.progress import doing
+from emreason.questions.datasets import SPLITS, Dataset
+from emreason.questions.prompts import Prompts
+from emreason.runs.checks import check_plain
+from emreason.runs.experiment import check_same_config
+from emreason.runs.summary import read_summary
+from emreason.schemes.samplers import Scheme
+from emreason.types import Question, Split, UserError
+
+TRAIN = "emreason.train.run"
+
+
+def plan(cfg: DictConfig, folder: Path) -> str:
+    """The plan in words, a line or more each: parts, questions, a prompt with and without the hint, work per iteration, disk, folder.
+
+    Args:
+        cfg: of a run, without the node `hydra`.
+
+    Raises:
+        UserError: the config or the data would not do for a run either, or the task is not an EM run.
+    """
+    if cfg.task != TRAIN:
+        raise UserError(f"plan=true tells what an EM run does; this command's task is {cfg.task}.")
+    check_plain(cfg)
+    dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
+    scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    with doing(f"Reading dataset {cfg.dataset.name}", at_once=False):
+        questions = {split: dataset.questions(split) for split in SPLITS}
+    sizes = {split: len(found) for split, found in questions.items()}
+    baseline = " and ".join(cfg.evaluation.baseline) or "none"
+    lines = [
+        f"Model: {describe(cfg.model.name, cfg.model.load)}; trained: {'adapters' if 'add' in cfg.peft else 'all weights'}",
+        f"Dataset: {cfg.dataset.name}; questions: " + ", ".join(f"{n} {split}" for split, n in sizes.items()),
+        f"Scheme: {scheme.display}; proposals in order: {', '.join(_counted(scheme))}",
+        "",
+        *_prompts(Prompts(None, dataset.prompt, dataset.worked_examples()), questions["train"][0], scheme),
+        "",
+        f"EM iterations: {cfg.trainer.max_epochs}, each at most:",
+        *_iteration(cfg, scheme, sizes),
+        f"Baseline before: {baseline}; afterwards test, {sizes['test']} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
+        f"On disk: {_disk(cfg)}",
+        f"Run folder: {folder} ({_state(cfg, folder)})",
+    ]
+    return "\n".join(lines)
+
+
+def _counted(scheme: Scheme) -> list[str]:
+    return [f"{proposal} × {scheme.tries.count(proposal)}" for proposal in dict.fromkeys(scheme.tries)]
+
+
+def _prompts(prompts: Prompts, question: Question, scheme: Scheme) -> list[str]:
+    examples = scheme.n_examples(0)
+    shown = f"{examples} worked examples, " if examples else ""
+    lines = [f"The first question's prompts in the first E-step ({shown}without the model's chat template, should it have one):"]
+    for proposal in dict.fromkeys(("question", *scheme.tries)):  # the plain one is trained on in every scheme
+        lines += [f"  {proposal}:", *(f"    | {line}" for line in prompts.text(question, proposal, examples).splitlines())]
+    return [*lines, f"  gold answer: {question.answer}"]
+
+
+def at_most(cfg: DictConfig, scheme: Scheme, train: int) -> dict[str, int]:
+    """The work of one iteration on `train` questions, none of which may be answered, or every one at the last try."""
+    asked = max(1, round(scheme.share * train)) if scheme.choose == "adaptive" else train
+    draws = asked * len(scheme.tries)
+    # what a step covers: questions, accepted or not, or rationales
+    slots = asked if cfg.m_step.normalize == "questions" else draws if scheme.weigh in ("rloo", "trice") else asked * scheme.keep
+    steps = math.ceil(min(slots, draws) / cfg.m_step.batch_size) * cfg.m_step.epochs
+    return {"questions": asked, "draws": draws, "tokens": draws * scheme.max_new_tokens, "steps": steps}
+
+
+def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list[str]:
+    most = at_most(cfg, scheme, sizes["train"])
+    budget = f"; none after {cfg.token_budget:,} tokens in all" if cfg.token_budget else ""
+    unit = "questions" if cfg.m_step.normalize == "questions" else "rationales"
+    return [
+        f"  E-step: {most['questions']:,} questions, {most['draws']:,} draws, {most['tokens']:,} tokens{budget}",
+        f"  M-step: {most['steps']:,} optimizer steps of {cfg.m_step.batch_size} {unit} (m_step.epochs={cfg.m_step.epochs})",
+        f"  Validation: {sizes['validation']:,} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
+    ]
+
+
+def _disk(cfg: DictConfig) -> str:
+    """Weights of the last and best checkpoint and of the export; Adam's two moments, in float32 like its copy of bfloat16 weights."""
+    count = parameters(cfg.model.load)
+    if "add" in cfg.peft:
+        return "adapters in checkpoints/ and model/ (megabytes), the journal of all draws, metrics"
+    if count is None:
+        return "checkpoints/ (up to 16 bytes a parameter), model/ (up to 4), the journal of all draws, metrics"
+    weights, last = (2, 14) if cfg.engine.dtype == "bfloat16" else (4, 12)
+    kept = "" if cfg.keep_checkpoints else " until the run is finished"
+    assumed = " if auto means float32" if cfg.engine.dtype == "auto" else ""
+    return (
+        f"checkpoints/ about {count * (last + weights) / GB:.1f} GB{kept}, model/ about {count * weights / GB:.1f} GB{assumed}; "
+        "the journal of all draws, metrics"
+    )
+
+
+def _state(cfg: DictConfig, folder: Path) -> str:
+    before: dict[str, Any] = read_summary(folder)
+    if not before:
+        return "new"
+    if cfg.overwrite:
+        return f"{before.get('status')}; overwrite=true begins it again"
+    try:
+        compared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "logger"])  # which is free to change
+        check_same_config(folder, OmegaConf.to_yaml(compared, resolve=True))
+    except UserError as error:
+        return f"would be refused: {error}"
+    done = len(before.get("iterations", []))
+    return f"{before.get('status')} after {done} iterations; " + ("nothing to do" if done >= cfg.trainer.max_epochs else "it would go on")

@@ -1,0 +1,105 @@
+"""Nothing is silent for long: slow draws, slow optimizer steps and slow loading say that they go on."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+
+import pytest
+from conftest import ScriptedEngine, numbers
+from test_config import compose_config
+from test_module import em_module, gold_script, trainer
+from test_samplers import scheme
+
+from emreason import progress, train
+from emreason.em.datamodule import RationaleDataModule
+from emreason.em.e_step import EStep
+from emreason.em.module import EMModule
+from emreason.engines.inprocess import InProcessEngine
+from emreason.runs.journal import Journal
+from emreason.tracking.m_step_bar import MStepBar
+
+EVERY_S = 0.2
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """(second, line) of all that is said, with `EVERY_S` cut to a fifth of a second."""
+    lines: list[tuple[float, str]] = []
+    say = progress._Voice.say
+    monkeypatch.setattr(progress, "EVERY_S", EVERY_S)
+    monkeypatch.setattr(progress._Voice, "say", lambda voice, line: (lines.append((time.monotonic(), line)), say(voice, line))[1])
+    return lines
+
+
+def longest_silence(lines, start: float, end: float) -> float:
+    times = [start, *(second for second, _ in lines if start <= second <= end), end]
+    return max(b - a for a, b in itertools.pairwise(times))
+
+
+def test_a_slow_engine_and_a_slow_m_step_are_heard(tmp_path, said, monkeypatch):
+    """A whole run, with one slow draw and one slow optimizer step."""
+    slow, generate, step = iter([1.5]), InProcessEngine.generate, EMModule.training_step
+
+    def slow_draws(engine, requests):
+        sampled = bool(requests) and requests[0].params.temperature > 0
+        for i, completion in enumerate(generate(engine, requests)):
+            time.sleep(1.5 if sampled and i == 3 else 0)
+            yield completion
+
+    def slow_step(*arguments):
+        time.sleep(next(slow, 0))
+        return step(*arguments)
+
+    monkeypatch.setattr(InProcessEngine, "generate", slow_draws)
+    monkeypatch.setattr(EMModule, "training_step", slow_step)
+    few = ["experiment=smoke", "dataset.limit.train=20", "dataset.limit.validation=2", "dataset.limit.test=2", "trainer.max_epochs=1"]
+    start = time.monotonic()
+    train.train(compose_config(*few, "engine.dtype=float32"), tmp_path / "run")
+    assert longest_silence(said, start, time.monotonic()) < 1.2, said
+    heard = [line for _, line in said]
+    for phase in ("E-step 0: ", "M-step 0: "):  # the same line again and again, while the draw or the step lasts
+        assert max(Counter(line.partition(" · ")[0] for line in heard if line.startswith(phase)).values()) >= 4, phase
+    assert [line for line in heard if line.startswith("M-step 0: ") and " · loss " in line]
+    assert heard[0] == "Model tiny_llama (random weights), dataset sums"
+    assert any(line.startswith("Loading model tiny_llama (random weights) · 0.1 million parameters in float32") for line in heard)
+
+
+def test_the_m_step_counts_its_steps_and_supervised_tokens(tmp_path, said):
+    questions = numbers(4)
+    module = em_module()
+    bar = MStepBar()
+    module.engine = ScriptedEngine(module.tokenizer, gold_script(questions))
+    e_step = EStep(scheme("rs"), questions, Journal(tmp_path), seed=1)
+    trainer(tmp_path, [e_step, bar], 1).fit(module, RationaleDataModule([], []))
+    record = module.finish_m_step()
+    assert bar._bar is not None
+    assert (bar._bar.done, bar._bar.tokens) == (record["steps"], record["tokens"])
+    assert f"loss {record['nll']:.3f}" in said[-1][1]  # one step: the last loss is the mean one
+
+
+def test_work_in_one_call_is_heard_and_the_innermost_speaks(said):
+    with progress.doing("Loading a model (1.00 GB)") as loading:
+        assert said[-1][1] == "Loading a model (1.00 GB) …"  # at once
+        with progress.doing("Converting", at_once=False):
+            time.sleep(0.5)
+        loading.note = "5 parameters"
+    heard = [line for _, line in said]
+    assert any(line.startswith("Converting · ") and line.endswith(" s so far") for line in heard)
+    assert not any("Loading" in line and "so far" in line for line in heard)
+    assert heard[-1].startswith("Loading a model (1.00 GB) · 5 parameters · 0.")
+
+
+def test_short_work_is_not_announced_and_ranks_but_the_first_are_silent(said, monkeypatch):
+    with progress.doing("Writing", at_once=False):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with progress.doing("Loading"), progress.bar("E-step", 3, "questions", enabled=False):
+        time.sleep(0.5)
+    assert said == []
+
+
+def test_what_is_said_is_plain_text(capfd):
+    progress.say("[red]x[/red] :smile: \x1b[2J\x07\nsecond")
+    assert capfd.readouterr().err == "[red]x[/red] :smile:  [2J \nsecond\n"
