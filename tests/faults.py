@@ -1105,9 +1105,9 @@ FAULTS = [
     ),
     fault(
         "checkpoint: written in place",
-        "runs/journal.py",
-        '        partial = path.with_name(f".{path.name}.partial")\n        before',
-        "        partial = path\n        before",
+        "em/checkpoints.py",
+        'partial = path.with_name(f".{path.name}.partial")',
+        "partial = path",
         "runs/test_journal.py::test_a_checkpoint_that_fails_halfway_leaves_the_old_one",
     ),
     fault(
