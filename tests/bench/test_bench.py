@@ -18,7 +18,6 @@ from rich.console import Console
 from test_config import compose_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emreason import train
 from emreason.bench import __main__ as bench
 from emreason.bench import contenders, results
 from emreason.bench.contenders import EXACT, OURS, Contender
@@ -26,6 +25,7 @@ from emreason.bench.peak import matmul_peak
 from emreason.bench.runners import iterate_others
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.loading import load_pretrained, weights_fingerprint
+from emreason.runs import experiment
 from emreason.types import Request, SamplingParams
 
 
@@ -175,7 +175,7 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
         return json.loads(result.read_text()) | {"process_seconds": time.perf_counter() - start, "peak_memory_bytes": 1}
 
-    patched = train.build, InProcessEngine.generate, torch.Tensor.backward
+    patched = experiment.build, InProcessEngine.generate, torch.Tensor.backward
     monkeypatch.setenv("EMREASON_DATA_ROOT", str(hub.find_or_build_hub()))
     monkeypatch.setattr(bench, "run", run_here)
     monkeypatch.setattr(bench, "matmul_peak", lambda _: {"float32": 1.0})
@@ -206,7 +206,7 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert [r["questions"] for r in rows if "questions" in r] == [64, 256]
     assert result["growth"]["exponent"] > 0.5
     assert "of limit" in (tmp_path / "table.md").read_text()
-    assert patched == (train.build, InProcessEngine.generate, torch.Tensor.backward)  # the clock leaves nothing behind
+    assert patched == (experiment.build, InProcessEngine.generate, torch.Tensor.backward)  # the clock leaves nothing behind
 
 
 def test_the_random_model_has_the_shape_of_the_real_one():

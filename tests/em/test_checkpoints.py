@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.em.module import EMModule
-from emreason.runs import experiment
+from emreason.models import loading
 from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError
@@ -77,7 +77,7 @@ def test_a_budget_ends_a_run_like_max_epochs_does(tmp_path, monkeypatch):
 def test_an_optimizer_that_is_reset_is_not_saved_and_nothing_changes(tmp_path, monkeypatch):
     """And a precision that was measured is kept."""
     asked: list[str] = []
-    monkeypatch.setattr(experiment, "choose_dtype", lambda name, _: asked.append(name) or torch.bfloat16)
+    monkeypatch.setattr(loading, "choose_dtype", lambda name, _: asked.append(name) or torch.bfloat16)
     reset = ["m_step.optimizer=reset", "engine.dtype=auto"]
     train(config(*reset, "trainer.max_epochs=1"), tmp_path / "parts")
     assert torch.load(tmp_path / "parts/checkpoints/last.ckpt", weights_only=True)["optimizer_states"] == []

@@ -48,7 +48,10 @@ def parameters(load: Mapping[str, Any]) -> int | None:
 
 def _header_parameters(file: Path) -> int:
     with file.open("rb") as data:
-        header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        length = int.from_bytes(data.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} is no safetensors file")
+        header = json.loads(data.read(length))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 

@@ -22,6 +22,7 @@ from emreason.em.checkpoints import AtomicCheckpointIO
 from emreason.em.e_step import EStep
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
+from emreason.models import loading
 from emreason.runs import experiment
 
 WORK = ("decoding", "forward", "backward", "optimizer")
@@ -119,7 +120,7 @@ def main(work: dict[str, Any], seed: str, folder: Path) -> dict[str, Any]:
     with Clock() as clock:
         clock.wrap(experiment, "build", "loading")
         clock.wrap(AtomicCheckpointIO, "save_checkpoint", "checkpoints")
-        clock.wrap(train, "export", "export")
+        clock.wrap(loading, "export", "export")
         clock.wrap_generator(InProcessEngine, "generate", "decoding")
         clock.wrap(m_step, "token_logprobs", "forward")
         clock.wrap(torch.Tensor, "backward", "backward")
