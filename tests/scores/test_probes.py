@@ -73,7 +73,7 @@ def measured(module, questions, divergence):
 def trainer_with(questions):
     class Fake:
         datamodule = RationaleDataModule(questions, [])
-        global_rank, world_size = 0, 1
+        global_rank, world_size, current_epoch = 0, 1, 0
 
     return Fake()
 
