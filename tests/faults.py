@@ -995,7 +995,7 @@ FAULTS = [
         "questions/answers.py",
         "(?![^\\W_]|['-]\\w|\\.\\w)",
         "",
-        "questions/test_answers.py::test_a_letter_inside_a_word_is_no_answer",
+        "questions/test_answers.py::test_no_letter",
     ),
     fault(
         "reward: any letter",

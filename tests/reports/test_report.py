@@ -196,7 +196,7 @@ def test_one_seed_compares_models_with_their_baseline_and_not_schemes(tmp_path):
     assert cell.interval == "wilson"
     assert [(p.first, p.second, p.test) for p in comparison.pairs] == [(s, "few-shot baseline", "exact McNemar") for s in NAMES.values()]
     raw = [pair.difference.p for pair in comparison.pairs]
-    assert [pair.p_holm for pair in comparison.pairs] == pytest.approx(stats.holm(raw))
+    assert [pair.p_holm for pair in comparison.pairs] == pytest.approx(stats.holm(raw), abs=0)
     assert not any(cell.best or cell.p_vs_best for cell in comparison.cells)
     (note,) = comparison.notes
     assert note.startswith("One seed of RS-4, STaR, PPS on sums with smollm2_135m: it compares trained models, not schemes")
