@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer
+from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer, flatten
 from emreason.types import UserError
 
 
@@ -230,15 +230,6 @@ def _check_nodes(nodes: int, devices: int) -> None:
         )
 
 
-def _dotted(node: Any, prefix: str) -> Iterator[str]:
-    """The dotted keys below `node` that hold something."""
-    if isinstance(node, dict):
-        for key in node:
-            yield from _dotted(node[key], f"{prefix}.{key}")
-    elif node is not None:
-        yield prefix
-
-
 _SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
@@ -290,7 +281,8 @@ def check_config_for_secrets(cfg: DictConfig) -> None:
         UserError: names the key and where a secret belongs.
     """
     nodes = {key: cfg[key] for key in ("logger", "model", "engine") if OmegaConf.is_config(cfg.get(key))}
-    check_no_secret(dotted for key, node in nodes.items() for dotted in _dotted(OmegaConf.to_container(node), key))  # nothing is resolved
+    values = flatten({key: OmegaConf.to_container(node) for key, node in nodes.items()})  # nothing is resolved
+    check_no_secret(key for key, value in values.items() if value is not None)
 
 
 def check_no_secret(keys: Iterable[str]) -> None:

@@ -148,3 +148,10 @@ def check_trainer(trainer: DictConfig) -> None:
             raise UserError(f"trainer.{name}: it does not fit a loop in which an epoch is an EM iteration; use {INSTEAD[name]}.")
         if name not in TRAINER_KEYS and not name.startswith("_"):
             raise UserError(f"trainer.{name}: it must be one of {', '.join(sorted(TRAINER_KEYS))}.")
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from emreason.progress import console
-from emreason.runs.experiment import flatten
 from emreason.runs.journal import read_lines, write_atomic
+from emreason.runs.keys import flatten
 from emreason.runs.summary import Summary
 from emreason.types import UserError, plain
 
