@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
-from emreason.schemes.samplers import Scheme
+from emreason.schemes.samplers import Scheme, by_question
 from emreason.scores.likelihood import Scorer
 from emreason.types import Question, Rationale
 
@@ -55,12 +55,9 @@ def weigh(
         return _leave_one_out(attempts, scheme)
     if scheme.weigh == "trice":
         return _trice(attempts, memory or {}, iteration)
-    groups: dict[str, list[Rationale]] = {}
-    for attempt in sorted(attempts, key=lambda a: a.attempt):
-        if attempt.accepted:
-            groups.setdefault(attempt.question_id, []).append(attempt)
     weights: dict[tuple[str, int], float] = {}
-    for question_id, accepted in groups.items():
+    in_order = sorted((a for a in attempts if a.accepted), key=lambda a: a.attempt)
+    for question_id, accepted in by_question(in_order).items():
         first_of = {a.text: a for a in reversed(accepted)}  # of equal texts the first stays
         kept = [a for a in accepted if not scheme.distinct or first_of[a.text] is a][: scheme.keep]
         if scheme.weighs_by_importance:
@@ -75,9 +72,7 @@ def weigh(
 
 
 def _leave_one_out(attempts: Sequence[Rationale], scheme: Scheme) -> list[Rationale]:
-    groups: dict[str, list[Rationale]] = {}
-    for attempt in attempts:
-        groups.setdefault(attempt.question_id, []).append(attempt)
+    groups = by_question(attempts)
     k = len(scheme.tries)
 
     def weight(attempt: Rationale) -> float:
