@@ -43,9 +43,7 @@ class EStep(Callback):
     """Samples this iteration's rationales when Lightning asks for the train loader.
 
     Args:
-        scheme: the sampling scheme.
         questions: the training questions of all ranks.
-        journal: where every attempt is written as it happens.
         seed: the run's seed; a draw depends on (seed, iteration, question id, attempt) alone.
         faithfulness: also measure `probes.faithful` of the accepted rationales.
     """

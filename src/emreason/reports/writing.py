@@ -16,13 +16,12 @@ from emreason.reports import tables
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
 from emreason.reports.page import render
-from emreason.reports.reading import Run, label_variants
+from emreason.reports.reading import Run
 from emreason.types import UserError, plain
 
 
 def print_runs(runs: Sequence[Run], console: Console) -> None:
     """Print the comparison over seeds, the runs one by one, and what did not count."""
-    runs = label_variants(runs)
     comparison = compare(runs)
     shown = [run for run in runs if run.known]
     places = [[run for run in shown if (run.dataset, run.model) == place] for place in dict.fromkeys((r.dataset, r.model) for r in shown)]
@@ -47,7 +46,6 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
     Raises UserError where the folder cannot be written.
     """
     out = Path(out_dir)
-    runs = label_variants(runs)
     comparison = compare(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)

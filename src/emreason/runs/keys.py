@@ -31,7 +31,7 @@ TRAIN_KEYS = _GROUPS | {
         "keep_checkpoints",
         "rationale_rows",
     ),
-    *("optimizer", "logger", "plan", "quiet", "trial"),  # trial: where a sweeper names its runs
+    *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
 }
 SECTIONS = {
     "model": {"name", "load"},
