@@ -335,22 +335,22 @@ FAULTS = [
     fault(
         "seeds: the run's seed is not used",
         "em/e_step.py",
-        "replayed, seed=self.seed, iteration=iteration)",
-        "replayed, seed=1, iteration=iteration)",
+        "seed=self.seed, iteration=iteration, replayed=attempts",
+        "seed=1, iteration=iteration, replayed=attempts",
         "em/test_e_step.py::test_draws_have_the_seed_of_their_run_iteration_question_and_attempt",
     ),
     fault(
         "seeds: the same draws in every iteration",
-        "em/sampling.py",
-        "seed=seed, iteration=iteration, replayed=attempts",
-        "seed=seed, iteration=0, replayed=attempts",
+        "em/e_step.py",
+        "seed=self.seed, iteration=iteration, replayed=attempts",
+        "seed=self.seed, iteration=0, replayed=attempts",
         "em/test_e_step.py::test_draws_have_the_seed_of_their_run_iteration_question_and_attempt",
     ),
     fault(
         "journal: attempts are drawn again on resume",
-        "em/sampling.py",
-        "seed=seed, iteration=iteration, replayed=attempts",
-        "seed=seed, iteration=iteration",
+        "em/e_step.py",
+        "seed=self.seed, iteration=iteration, replayed=attempts",
+        "seed=self.seed, iteration=iteration",
         "schemes/test_weights.py::test_weights_reach_the_journal_the_m_step_and_a_resumed_run",
     ),
     fault(
@@ -590,8 +590,8 @@ FAULTS = [
     fault(
         "bootstrap: the 95 % interval is one of 90 %",
         "scores/stats.py",
-        "[0.5 - confidence / 2, 0.5 + confidence / 2]",
-        "[1 - confidence, confidence]",
+        "[0.025, 0.975]",
+        "[0.05, 0.95]",
         "scores/test_stats.py::test_bootstrap_interval_is_the_95_percent_one_and_p_two_sided",
     ),
     fault(
@@ -674,8 +674,8 @@ FAULTS = [
     fault(
         "interval over seeds: normal, not t",
         "scores/stats.py",
-        "stats.t.ppf(0.5 + confidence / 2, len(values) - 1)",
-        "stats.norm.ppf(0.5 + confidence / 2)",
+        "stats.t.ppf(0.975, len(values) - 1)",
+        "stats.norm.ppf(0.975)",
         "scores/test_stats.py::test_mean_interval",
     ),
     fault(
@@ -1049,8 +1049,8 @@ FAULTS = [
     fault(
         "sums: the splits share questions",
         "questions/datasets.py",
-        "    validation, test = take(rest, len(rest) * 2 // 5)\n",
-        "    validation, test = rest[: len(rest) * 2 // 5], rest\n",
+        '"test": rest[validated:]',
+        '"test": rest[trained:]',
         "questions/test_datasets.py::test_sums",
     ),
     # --- runs

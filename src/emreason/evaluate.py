@@ -102,13 +102,10 @@ def sampled(
             answers[question.id].append(extract(said(completion.token_ids, completion.request.prompt_ids, tokenizer), question))
             progress.update(1, len(completion.token_ids))
     hits = {key: sum(correct(a, by_id[key]) for a in given) for key, given in answers.items()}
-    result = {f"pass@{i}": mean(pass_at_k(k, c, i) for c in hits.values()) for i in _powers(k)}
+    sizes = sorted({*(2**i for i in range(k.bit_length())), k})
+    result = {f"pass@{i}": mean(pass_at_k(k, c, i) for c in hits.values()) for i in sizes}
     result[f"maj@{k}"] = mean(float(correct(_majority(given), by_id[key])) for key, given in answers.items())
     return result
-
-
-def _powers(k: int) -> list[int]:
-    return sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k})
 
 
 def _majority(answers: Sequence[str | None]) -> str | None:

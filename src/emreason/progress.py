@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from emreason.types import plain
@@ -113,25 +113,15 @@ def bar(label: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[
     if not enabled:
         yield Bar(label, total, unit)
         return
-    if not console().is_terminal:
-        current = Bar(label, total, unit)
-        with _voice.during(current):
-            yield current
-    else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(
-            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console(), transient=True
-        ) as progress:
-            progress.add_task(label, total=total, note="")
-            current = Bar(label, total, unit, progress)
-            with _voice.during(current):
-                yield current
+    current = Bar(label, total, unit)
+    with ExitStack() as shown:
+        if console().is_terminal:
+            counted = ("{task.description}", BarColumn(24), MofNCompleteColumn(), unit, "{task.fields[note]}")
+            columns = (*counted, TimeElapsedColumn(), "left", TimeRemainingColumn())
+            current.progress = shown.enter_context(Progress(*columns, console=console(), transient=True))
+            current.progress.add_task(label, total=total, note="")
+        shown.enter_context(_voice.during(current))
+        yield current
     seconds = time.monotonic() - current.started
     _voice.say(f"{label}: {current.done}/{total} {unit} · {current._rate()} · {seconds:.1f} s")
 

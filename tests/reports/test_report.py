@@ -17,7 +17,7 @@ from rich.console import Console
 from emreason.report import main
 from emreason.reports.comparison import compare
 from emreason.reports.difficulty import acceptance_by_difficulty
-from emreason.reports.figures import _plots, palette
+from emreason.reports.figures import palette
 from emreason.reports.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import collect, differing_keys
 from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, runs_table, thousands
@@ -397,16 +397,6 @@ def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):
     every, few = palette(collect([tmp_path])), palette(collect([tmp_path / "pps"]))
     assert every["PPS"] == few["PPS"]
     assert len({colour for colour, _ in every.values()}) == len(every) == 4
-
-
-def test_validation_and_test_curves_are_not_mixed(tmp_path):
-    a, b = write_run(tmp_path / "a", iterations=1), write_run(tmp_path / "b", "pps", iterations=1)
-    for folder in (a, b):
-        assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"validation accuracy (%)"}
-        summary = json.loads((folder / "summary.json").read_text())
-        summary["iterations"][0]["test"] = score(0.5)
-        (folder / "summary.json").write_text(json.dumps(summary))
-    assert {plot.y_label for plot in _plots(collect([tmp_path]))[:3]} == {"test accuracy (%)"}
 
 
 class Visible(HTMLParser):

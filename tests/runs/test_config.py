@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from emreason.evaluate import result_file
 from emreason.runs import experiment
 from emreason.runs.checks import check_values, quoted
-from emreason.runs.experiment import CONF, check_same_config, flatten, read
-from emreason.runs.keys import EVALUATION_KEYS, INSTEAD, SECTIONS, TRAIN_KEYS, TRAINER_KEYS, check_keys
+from emreason.runs.experiment import CONF, check_same_config, read
+from emreason.runs.keys import EVALUATION_KEYS, INSTEAD, SECTIONS, TRAIN_KEYS, TRAINER_KEYS, check_keys, flatten
 from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
 

@@ -43,8 +43,4 @@ class RationaleDataModule(L.LightningDataModule):
 
 
 def _loader(items: list[Any]) -> DataLoader[Any]:
-    return DataLoader(items, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
-
-
-def _as_is(item: Any) -> Any:
-    return item
+    return DataLoader(items, batch_size=None, collate_fn=lambda item: item)  # type: ignore[arg-type]

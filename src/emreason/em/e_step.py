@@ -1,4 +1,4 @@
-"""The E-step as a Lightning callback, pulled by the data module: shard, sample, gather, journal."""
+"""The E-step as a Lightning callback, pulled by the data module: shard, sample into the journal, gather, weigh."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from emreason import __version__
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.module import EMModule
 from emreason.em.ranks import gather
-from emreason.em.sampling import draw_journalled
 from emreason.em.steps import steps_of
 from emreason.models.batches import Step
 from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
-from emreason.progress import doing
+from emreason.progress import bar, doing
 from emreason.runs.journal import Journal, journal_record
 from emreason.schemes.choice import choose
 from emreason.schemes.diagnostics import e_step_record
-from emreason.schemes.samplers import Scheme
+from emreason.schemes.samplers import Scheme, by_question, is_settled, sample
 from emreason.schemes.weights import remembered, score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
 from emreason.scores.probes import faithful
@@ -44,9 +43,7 @@ class EStep(Callback):
     """Samples this iteration's rationales when Lightning asks for the train loader.
 
     Args:
-        scheme: the sampling scheme.
         questions: the training questions of all ranks.
-        journal: where every attempt is written as it happens.
         seed: the run's seed; a draw depends on (seed, iteration, question id, attempt) alone.
         faithfulness: also measure `probes.faithful` of the accepted rationales.
     """
@@ -89,7 +86,7 @@ class EStep(Callback):
         past = [self.journal.read(i) for i in range(iteration)] if self.scheme.needs_past else []
         questions = choose(self.questions, self.scheme, past, self.seed)
         mine = questions[trainer.global_rank :: trainer.world_size]
-        attempts = draw_journalled(mine, self.scheme, module, self.journal, replayed, seed=self.seed, iteration=iteration)
+        attempts = self.draw(mine, module, replayed, iteration)
         by_id = {q.id: q for q in self.questions}
         if self.scheme.weighs_by_importance:
             score = functools.partial(completion_logprobs, module.model)
@@ -118,6 +115,30 @@ class EStep(Callback):
         map_large_blocks()
         which = {"seed": self.seed, "iteration": iteration, "rank": trainer.global_rank, "world_size": trainer.world_size}
         return steps_of(weighed, by_id, len(questions), module.prompts, module.m_step, **which)
+
+    def draw(self, mine: Sequence[Question], module: EMModule, replayed: Sequence[Rationale], iteration: int) -> list[Rationale]:
+        """All attempts at this rank's questions: those of `replayed`, then new ones, each in the journal before it counts."""
+        by_id = {question.id: question for question in mine}
+        attempts = [r for r in replayed if r.question_id in by_id]
+        of_question = by_question(attempts)
+        accepted = {r.question_id for r in attempts if r.accepted}
+        settled = sum(is_settled(group, self.scheme) for group in of_question.values())
+        trainer = module.trainer
+        with (
+            self.journal.appending(iteration, trainer.global_rank, trainer.world_size) as lines,
+            bar(f"E-step {iteration}", len(mine), "questions", enabled=trainer.is_global_zero) as progress,
+        ):
+            progress.update(settled, 0, "resumed" if settled else "")
+            parts = (module.engine, module.prompts, module.tokenizer)
+            for rationale in sample(mine, self.scheme, *parts, seed=self.seed, iteration=iteration, replayed=attempts):
+                lines.append(journal_record(by_id[rationale.question_id], rationale))
+                attempts.append(rationale)
+                of_question.setdefault(rationale.question_id, []).append(rationale)
+                if rationale.accepted:
+                    accepted.add(rationale.question_id)
+                done = is_settled(of_question[rationale.question_id], self.scheme)
+                progress.update(int(done), rationale.n_tokens, f"accepted {len(accepted) / len(of_question):.0%}")
+        return attempts
 
     def conditions(self, module: EMModule) -> dict[str, Any]:
         """What the draws of an E-step depend on; a journal drawn under other conditions is not replayed."""

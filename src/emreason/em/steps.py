@@ -78,12 +78,7 @@ def steps_of(
     rank: int,
     world_size: int,
 ) -> list[Step]:
-    """The M-step of what an E-step drew: plain prompt, then the sampled ids, of every attempt that counts.
-
-    Args:
-        questions: by id.
-        n_questions: of the E-step.
-        seed: the run's.
+    """The M-step of what an E-step drew of `n_questions`: plain prompt, then the sampled ids, of every attempt that counts.
 
     Raises:
         UserError: nothing was accepted and `settings.on_zero_accepted` is `error`.

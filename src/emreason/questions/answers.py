@@ -18,18 +18,6 @@ from emreason.questions.grammar.thinking import said
 from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
 from emreason.types import Question, UserError
 
-__all__ = [
-    "answer_line_complete",
-    "check",
-    "correct",
-    "extract",
-    "gold_text",
-    "normalise",
-    "parse_number",
-    "statement_start",
-    "stop_at_answer",
-]
-
 LINE = 1000
 """Characters of a line in which a letter or a number is looked for."""
 

@@ -79,8 +79,9 @@ def final(text: str) -> str:
 
 def alternatives(value: Any, where: str) -> list[Any]:
     """A cell that holds several right answers, as a list (TriviaQA, SQuAD), written as JSON or not."""
-    if isinstance(value, str):
-        value = parse_list(value) or value
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        found = parsed(value)
+        value = found if found and all(isinstance(item, str) for item in found) else value
     if isinstance(value, Mapping):
         first = [value[key] for key in ("value", "text", "answer") if key in value][:1]
         value = [*_flat(first), *_flat([value[key] for key in ("aliases", "normalized_aliases") if key in value])] or value
@@ -95,15 +96,14 @@ def _flat(values: Sequence[Any]) -> list[Any]:
     return [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
 
 
-def parse_list(text: str) -> list[str] | None:
-    """A list of strings as JSON or Python writes it; None where `text` is anything else."""
-    if not (text.startswith("[") and text.endswith("]")):
-        return None
+def parsed(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or the object that `text` is as JSON or Python writes it; None where it is anything else."""
     parsers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
     for parse in parsers:
         try:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return value if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else None
+        if isinstance(value, list | dict):
+            return value
     return None

@@ -9,16 +9,17 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-from emreason.questions.answers import check, normalise, parse_number
+from emreason.questions.answers import check
+from emreason.questions.grammar.numbers import parse_number
+from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
 from emreason.questions.prompts import PromptTemplate
 from emreason.types import LETTERS, AnswerKind, Demonstration, Question, Split, UserError, plain
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -195,10 +196,10 @@ def _sums(terms: int, seed: int) -> dict[str, list[tuple[tuple[int, ...], Questi
         numbers = tuple(code // 9**place % 9 + 1 for place in range(terms))
         shown = " + ".join(map(str, numbers))
         drawn.append((numbers, Question(shown.replace(" ", ""), f"What is {shown}?", str(sum(numbers)), "number")))
-    examples, rest = take(drawn, 8)
-    train, rest = take(rest, len(rest) * 3 // 5)
-    validation, test = take(rest, len(rest) * 2 // 5)
-    return {"examples": examples, "train": train, "validation": validation, "test": test}
+    examples, rest = drawn[:8], drawn[8:]
+    trained = len(rest) * 3 // 5
+    validated = trained + (len(rest) - trained) * 2 // 5
+    return {"examples": examples, "train": rest[:trained], "validation": rest[trained:validated], "test": rest[validated:]}
 
 
 def load_reasoning_gym(
@@ -259,8 +260,8 @@ def cut(questions: Sequence[Question], splits: Sequence[Split], where: str, held
     held = max(1, round(len(groups) * held_out))
     parts: dict[Split, list[Question]] = {}
     for split in reversed(splits[1:]):
-        part, groups = take(groups, held)
-        parts[split] = [question for group in part for question in group]
+        parts[split] = [question for group in groups[:held] for question in group]
+        groups = groups[held:]
     return parts | {splits[0]: [question for group in groups for question in group]}
 
 
@@ -274,8 +275,3 @@ def _joined(words: Sequence[str]) -> str:
 def rank(name: str) -> str:
     """A name's place in an order that has nothing to do with it, the same everywhere."""
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def take(items: list[T], size: int) -> tuple[list[T], list[T]]:
-    """The first `size` and the rest."""
-    return items[:size], items[size:]

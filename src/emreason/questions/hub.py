@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emreason.questions.datasets import SPLITS, cut, rank, take
+from emreason.questions.datasets import SPLITS, cut, rank
 from emreason.questions.files import read_parquet, tidy
 from emreason.questions.reading import Row, asked_of
 from emreason.questions.rows import read
@@ -59,8 +59,8 @@ def load_mmlu(split: Split, validation_size: int = 300, data_root: str | None = 
     """
     if split == "test":
         return _mmlu("test", data_root)
-    held_out, rest = take(sorted(_mmlu("validation", data_root), key=lambda question: rank(question.id)), validation_size)
-    return held_out if split == "validation" else rest + _mmlu("dev", data_root)
+    shuffled = sorted(_mmlu("validation", data_root), key=lambda question: rank(question.id))
+    return shuffled[:validation_size] if split == "validation" else shuffled[validation_size:] + _mmlu("dev", data_root)
 
 
 def _mmlu(split: str, data_root: str | None) -> list[Question]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from emreason.questions.answers import normalise
+from emreason.questions.cells import absent, parsed
+from emreason.questions.grammar.typeset import normalise
 from emreason.types import LETTERS, UserError
 
 Gold = Literal["label", "text", "index0", "index1"]
@@ -36,12 +35,10 @@ def read_options(value: Any, text: Callable[[Any], str | None], where: str) -> l
     Raises:
         UserError: it is none of these.
     """
-    if isinstance(value, str) and value.strip():
-        value = _parsed(value.strip(), where)
-    if value is None or value in ("", [], {}) or (isinstance(value, float) and value != value):
+    if absent(value, words=False):
         return []
-    if isinstance(value, str):
-        return []
+    if isinstance(value, str) and (value := parsed(value.strip())) is None:
+        raise UserError(f'{where}: `choices` must be a JSON list such as ["red", "blue"].')
     if isinstance(value, Mapping):
         label, content = _key(LABEL_KEYS, value), _key(TEXT_KEYS, value)
         if content is not None and isinstance(value[content], list | tuple):
@@ -58,18 +55,6 @@ def read_options(value: Any, text: Callable[[Any], str | None], where: str) -> l
     if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # a map, as Parquet has it
         return [Option(str(name).strip(), text(item)) for name, item in value]
     return _unmarked([text(item) for item in value])
-
-
-def _parsed(value: str, where: str) -> Any:
-    parsers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
-    for parse in parsers:
-        try:
-            found = parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list | dict):
-            return found
-    raise UserError(f'{where}: `choices` must be a JSON list such as ["red", "blue"].')
 
 
 def _key(names: Sequence[str], value: Mapping[str, Any]) -> str | None:

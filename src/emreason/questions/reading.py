@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from emreason.questions.answers import parse_number
 from emreason.questions.cells import absent, alternatives, as_text, final, lookup, option_text
+from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.options import GOLDS, Gold, Option, column_groups, column_labels, position, read_options
 from emreason.types import AnswerKind, UserError
 
@@ -128,7 +128,8 @@ def understand(rows: Sequence[Row], asked: Asked, source: str) -> Reading:
     Raises:
         UserError: they are not clear; the message says which key decides.
     """
-    records = [row.record for row in rows if row.fault is None and isinstance(row.record, Mapping)]
+    whole = [row for row in rows if row.fault is None and isinstance(row.record, Mapping)]
+    records = [row.record for row in whole]
     counts = Counter(str(key) for record in records for key in record)
     usual = [key for key, count in counts.items() if 2 * count >= len(records)]
     given = {role: _several(value) for role, value in (asked.columns or {}).items() if value not in (None, [])}
@@ -160,7 +161,6 @@ def understand(rows: Sequence[Row], asked: Asked, source: str) -> Reading:
     reading = Reading(
         question, answer, choices, next(iter(aliases), None), next(iter(identity), None), "text", "label", fixed, False, asked
     )
-    whole = [row for row in rows if row.fault is None and isinstance(row.record, Mapping)]
     if not choices and not fixed:
         reading = replace(reading, choices=_choice_columns(usual, list(counts), reading, whole))
     seen = list(_evidence(whole, reading)) if asked.kind in (None, "choice") else []

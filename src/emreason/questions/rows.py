@@ -6,8 +6,10 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from emreason.questions.answers import check, normalise, parse_number
+from emreason.questions.answers import check
 from emreason.questions.cells import absent, as_text, lookup
+from emreason.questions.grammar.numbers import parse_number
+from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
 from emreason.questions.reading import CONTEXT, Asked, Reading, Row, plain_name, understand
 from emreason.types import LETTERS, Question, UserError
@@ -103,8 +105,9 @@ def _choose(row: Row, answers: Sequence[str], options: list[Option], reading: Re
         raise UserError(f"{where}: several choices are right ({', '.join(answers)}); a question has one gold answer.")
     if not places:
         letters = LETTERS[: len(kept)]
+        lettered = all((option.label or letter).upper() == letter for option, letter in zip(options, LETTERS, strict=False))
         what = {
-            "label": f"one of the letters {letters}" if _lettered(options) else f"one of {', '.join(o.label or '' for o in options)}",
+            "label": f"one of the letters {letters}" if lettered else f"one of {', '.join(o.label or '' for o in options)}",
             "text": "the text of one choice",
             "index0": f"an index from 0 to {len(options) - 1}",
             "index1": f"an index from 1 to {len(options)}",
@@ -114,7 +117,3 @@ def _choose(row: Row, answers: Sequence[str], options: list[Option], reading: Re
     if options[place].text is None:
         raise UserError(f"{where}: the gold answer {answers[0]!r} points to an empty choice.")
     return LETTERS[sum(option.text is not None for option in options[:place])], tuple(kept)
-
-
-def _lettered(options: Sequence[Option]) -> bool:
-    return all((option.label or letter).upper() == letter for option, letter in zip(options, LETTERS, strict=False))

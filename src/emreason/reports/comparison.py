@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from emreason.reports.reading import Run, Score, read_predictions
+from emreason.reports.reading import Run, Score, by_place, read_predictions
 from emreason.scores import stats
 
 ZERO_SHOT, FEW_SHOT = "zero-shot baseline", "few-shot baseline"
@@ -66,14 +66,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     counted, notes = _countable(runs)
     notes += _gaps(runs, counted) + _single_seeds(counted)
     pairs, pair_notes = _pairs(counted)
-    cells = [cell for group in _groups(runs) for cell in _cells(group, counted, pairs)]
+    cells = [cell for group in by_place(runs) for cell in _cells(group, counted, pairs)]
     return Comparison(cells, pairs, notes + pair_notes, counted)
-
-
-def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    known = [run for run in runs if run.status not in ("missing", "unreadable")]
-    keys = sorted({(run.model, run.dataset) for run in known})
-    return [[run for run in known if (run.model, run.dataset) == key] for key in keys]
 
 
 def _countable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -82,7 +76,7 @@ def _countable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     for run in runs:
         key = (run.dataset, run.model, run.label, run.seed)
         if run.problem:
-            where = run.place if run.status in ("missing", "unreadable") else run.name
+            where = run.name if run.known else run.place
             notes.append(f"Not counted: {where}: {run.problem.rstrip('.')}.")
         elif key in counted:
             notes.append(f"Not counted: {run.place} repeats {counted[key].place} (same scheme, config and seed).")
@@ -94,7 +88,7 @@ def _countable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 def _gaps(runs: Sequence[Run], counted: Sequence[Run]) -> list[str]:
     """Holes in the grid scheme × seed of each dataset and model, and test sets of unequal size."""
     notes = []
-    for group in _groups(runs):
+    for group in by_place(runs):
         dataset, model = group[0].dataset, group[0].model
         seeds = {run.seed for run in group}
         for label in sorted({run.label for run in group}):
@@ -105,7 +99,7 @@ def _gaps(runs: Sequence[Run], counted: Sequence[Run]) -> list[str]:
         sizes = {run.test.n for run in counted if run.test and (run.dataset, run.model) == (dataset, model)}
         if len(sizes) > 1:
             notes.append(f"Unequal test sets on {dataset} with {model}: {', '.join(map(str, sorted(sizes)))} questions.")
-    known = [run for group in _groups(runs) for run in group]
+    known = [run for group in by_place(runs) for run in group]
     for scheme in sorted({run.scheme for run in known}):
         for model, dataset in sorted({(run.model, run.dataset) for run in known}):
             if not any((run.scheme, run.model, run.dataset) == (scheme, model, dataset) for run in known):
@@ -116,7 +110,7 @@ def _gaps(runs: Sequence[Run], counted: Sequence[Run]) -> list[str]:
 def _single_seeds(counted: Sequence[Run]) -> list[str]:
     """Where schemes stand side by side with one seed, which says something about two models and nothing about two schemes."""
     notes = []
-    for group in _groups(counted):
+    for group in by_place(counted):
         seeds = {label: {run.seed for run in group if run.label == label} for label in dict.fromkeys(run.label for run in group)}
         single = [label for label, of_label in seeds.items() if len(of_label) == 1]
         if single and len(seeds) > 1:
@@ -179,11 +173,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 Answers = dict[tuple[str, str], bool]
-"""(question id, gold answer) → correct; the gold answer tells apart questions that share an id over datasets' seeds."""
-
-
-def _answers(run: Run, of: str) -> Answers:
-    return {(p.question_id, p.gold): p.correct for p in read_predictions(run, of)}
+"""(question id, gold answer) → correct."""
 
 
 def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
@@ -192,13 +182,13 @@ def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
     """
     found: list[Pair] = []
     notes: list[str] = []
-    for group in _groups(counted):
+    for group in by_place(counted):
         sides: dict[str, dict[int | str, Answers]] = {}
         for run in group:
-            sides.setdefault(run.label, {})[run.seed] = answers = _answers(run, "test")
+            sides.setdefault(run.label, {})[run.seed] = answers = read_predictions(run, "test")
             if not answers and len(group) > 1:
                 notes.append(f"No paired test: {run.name} has no predictions/test.jsonl.")
-        sides[FEW_SHOT] = {run.seed: answers for run in group if (answers := _answers(run, "baseline_few_shot_test"))}
+        sides[FEW_SHOT] = {run.seed: answers for run in group if (answers := read_predictions(run, "baseline_few_shot_test"))}
         for first, second in combinations(sides, 2):
             seeds = [s for s in sides[first] if sides[first][s].keys() & sides[second].get(s, {}).keys()]
             if len(seeds) > 1 or (seeds and second == FEW_SHOT):

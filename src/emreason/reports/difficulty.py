@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emreason.reports.reading import Run, read_lines
+from emreason.reports.reading import Run, read_attempts
 from emreason.scores import stats
 
 DECILES = 10
@@ -24,26 +24,21 @@ class Outcomes:
 def read_outcomes(run: Run) -> Outcomes:
     """The run's journal, line by line; lines without the agreed fields are skipped, an attempt written twice counts once."""
     outcomes = Outcomes()
-    for path in sorted((run.folder / "rationales").glob("iteration=*.jsonl")):
-        seen: set[tuple[str, int]] = set()
-        for row in read_lines(path):
-            try:
-                question, iteration, attempt, accepted = (
-                    str(row["question_id"]),
-                    int(row["iteration"]),
-                    int(row["attempt"]),
-                    bool(row["accepted"]),
-                )
-            except (KeyError, TypeError, ValueError):
-                continue
-            if (question, attempt) in seen:
-                continue
-            seen.add((question, attempt))
-            outcomes.accepted[iteration, question] = accepted or outcomes.accepted.get((iteration, question), False)
-            if iteration == 0 and row.get("proposal") == "question":
-                tally = outcomes.plain.setdefault(question, [0, 0])
-                tally[0] += accepted
-                tally[1] += 1
+    seen: set[tuple[int, str, int]] = set()
+    for row in read_attempts(run):
+        try:
+            question, accepted = str(row["question_id"]), bool(row["accepted"])
+            iteration, attempt = int(row["iteration"]), int(row["attempt"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if (iteration, question, attempt) in seen:
+            continue
+        seen.add((iteration, question, attempt))
+        outcomes.accepted[iteration, question] = accepted or outcomes.accepted.get((iteration, question), False)
+        if iteration == 0 and row.get("proposal") == "question":
+            tally = outcomes.plain.setdefault(question, [0, 0])
+            tally[0] += accepted
+            tally[1] += 1
     return outcomes
 
 

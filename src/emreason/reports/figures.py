@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from emreason.reports.comparison import Comparison
 from emreason.reports.difficulty import DECILES, acceptance_by_difficulty
-from emreason.reports.reading import Iteration, Run, Score
+from emreason.reports.reading import Run, by_place
 from emreason.types import plain
 
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
@@ -88,11 +88,71 @@ class Plot:
     chance: Callable[[Run], list[float | None]] | None = None
 
 
+def _cumulative(amounts: Sequence[float]) -> list[float]:
+    return [0.0, *np.cumsum(amounts).tolist()]
+
+
+def _accuracy(run: Run) -> list[float | None]:
+    return [score.accuracy if score else None for score in [run.start, *(i.validation for i in run.iterations)]]
+
+
+def _numbers(run: Run) -> list[float]:
+    return [float(i.index) for i in run.iterations]
+
+
+BOTH = "Line: mean over finished seeds, of the cost as well; points: seeds."
+PLOTS = [
+    Plot(
+        "accuracy_per_iteration",
+        "EM iterations completed",
+        "validation accuracy (%)",
+        lambda run: [0.0, *(i.index + 1.0 for i in run.iterations)],
+        _accuracy,
+        "Validation accuracy after each EM iteration. Line: mean over finished seeds; points: seeds; band: their range.",
+        few_shot=True,
+    ),
+    Plot(
+        "accuracy_per_token",
+        "tokens generated in E-steps (cumulative)",
+        "validation accuracy (%)",
+        lambda run: _cumulative([i.tokens for i in run.iterations]),
+        _accuracy,
+        f"Validation accuracy at equal generation cost; the tokens of rejected attempts are charged. {BOTH}",
+        few_shot=True,
+    ),
+    Plot(
+        "accuracy_per_second",
+        "E-step and M-step time (s, cumulative)",
+        "validation accuracy (%)",
+        lambda run: _cumulative([i.seconds for i in run.iterations]),
+        _accuracy,
+        f"Validation accuracy at equal training time; evaluation is not charged. {BOTH}",
+        few_shot=True,
+    ),
+    Plot(
+        "acceptance",
+        "EM iteration",
+        "questions accepted (%)",
+        _numbers,
+        lambda run: [i.acceptance for i in run.iterations],
+        "Questions with an accepted rationale.",
+        chance=lambda run: [i.chance for i in run.iterations],
+    ),
+    Plot(
+        "rationale_length",
+        "EM iteration",
+        "mean rationale length (tokens)",
+        _numbers,
+        lambda run: [i.rationale_tokens for i in run.iterations],
+        "Mean length of the E-step's rationales. The axis does not start at zero.",
+        share=False,
+    ),
+]
+
+
 def palette(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Scheme label → (colour, marker), one for all figures of a report and for its page."""
-    labels = list(
-        dict.fromkeys(run.label for run in sorted(runs, key=lambda run: run.order) if run.status not in ("missing", "unreadable"))
-    )
+    labels = list(dict.fromkeys(run.label for run in sorted(runs, key=lambda run: run.order) if run.known))
     others = [label for label in labels if label not in USUAL]
     chosen = USUAL | {label: (SPARE[n % len(SPARE)], MARKERS[n % len(MARKERS)]) for n, label in enumerate(others)}
     return {label: chosen[label] for label in labels}
@@ -106,88 +166,9 @@ def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Dra
         return []
     out.mkdir(parents=True, exist_ok=True)
     counted = {run.folder for run in comparison.counted}
-    figures = [_draw(plot, runs, counted, colours, out) for plot in _plots(runs)]
+    figures = [_draw(plot, runs, counted, colours, out) for plot in PLOTS]
     figures.append(_draw_difficulty([run for run in runs if run.folder in counted], colours, out))
     return [figure for figure in figures if figure]
-
-
-def _plots(runs: Sequence[Run]) -> list[Plot]:
-    pick, split = _split(runs)
-    label = f"{split} accuracy (%)"
-    marks = "Line: mean over finished seeds; points: seeds; band: their range."
-    both = "Line: mean over finished seeds, of the cost as well; points: seeds."
-
-    def accuracy(run: Run) -> list[float | None]:
-        before = run.zero_shot if split == "test" else run.start
-        return [score.accuracy if score else None for score in [before, *(pick(i) for i in run.iterations)]]
-
-    def numbers(run: Run) -> list[float]:
-        return [float(i.index) for i in run.iterations]
-
-    return [
-        Plot(
-            "accuracy_per_iteration",
-            "EM iterations completed",
-            label,
-            lambda run: [0.0, *(i.index + 1.0 for i in run.iterations)],
-            accuracy,
-            f"{split.capitalize()} accuracy after each EM iteration. {marks}",
-            few_shot=True,
-        ),
-        Plot(
-            "accuracy_per_token",
-            "tokens generated in E-steps (cumulative)",
-            label,
-            lambda run: _cumulative([i.tokens for i in run.iterations]),
-            accuracy,
-            f"{split.capitalize()} accuracy at equal generation cost; the tokens of rejected attempts are charged. {both}",
-            few_shot=True,
-        ),
-        Plot(
-            "accuracy_per_second",
-            "E-step and M-step time (s, cumulative)",
-            label,
-            lambda run: _cumulative([i.seconds for i in run.iterations]),
-            accuracy,
-            f"{split.capitalize()} accuracy at equal training time; evaluation is not charged. {both}",
-            few_shot=True,
-        ),
-        Plot(
-            "acceptance",
-            "EM iteration",
-            "questions accepted (%)",
-            numbers,
-            lambda run: [i.acceptance for i in run.iterations],
-            "Questions with an accepted rationale.",
-            chance=lambda run: [i.chance for i in run.iterations],
-        ),
-        Plot(
-            "rationale_length",
-            "EM iteration",
-            "mean rationale length (tokens)",
-            numbers,
-            lambda run: [i.rationale_tokens for i in run.iterations],
-            "Mean length of the E-step's rationales. The axis does not start at zero.",
-            share=False,
-        ),
-    ]
-
-
-def _cumulative(amounts: Sequence[float]) -> list[float]:
-    return [0.0, *np.cumsum(amounts).tolist()]
-
-
-def _split(runs: Sequence[Run]) -> tuple[Callable[[Iteration], Score | None], str]:
-    """Test accuracy per iteration where every run has it, validation accuracy otherwise: the two are not mixed."""
-    if all(i.test for run in runs for i in run.iterations):
-        return lambda i: i.test, "test"
-    return lambda i: i.validation, "validation"
-
-
-def _panels(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Models are rows and datasets columns, so panels are in that order."""
-    keys = sorted({(run.model, run.dataset) for run in runs})
-    return [(f"{dataset}, {model}", [r for r in runs if (r.model, r.dataset) == (model, dataset)]) for model, dataset in keys]
 
 
 def _few_shot(runs: Sequence[Run]) -> float | None:
@@ -207,15 +188,14 @@ def _curves(
 
 
 def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
-    panels = [(title, group, _curves(group, plot.x, plot.y, counted)) for title, group in _panels(runs)]
-    panels = [panel for panel in panels if panel[2]]
+    panels = [(group, curves) for group in by_place(runs) if (curves := _curves(group, plot.x, plot.y, counted))]
     if not panels:
         return None
     scale = 100.0 if plot.share else 1.0
     extras: dict[str, dict[str, Any]] = {}
     with rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = _grid([group for _, group, _ in panels], plot.x_label, plot.y_label)
-        for ax, (title, group, curves) in zip(axes, panels, strict=True):
+        figure, axes = _grid([group for group, _ in panels], plot.x_label, plot.y_label)
+        for ax, (group, curves) in zip(axes, panels, strict=True):
             companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
             at = {x for lines in curves.values() for line in lines for x in line.x}
             if len(at) == 1 and "iteration" in plot.x_label:  # points over one another: set them side by side
@@ -234,7 +214,6 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
             if plot.few_shot and (level := _few_shot(group)) is not None:
                 extras["few-shot (test)"] = BASELINE
                 ax.axhline(scale * level, **BASELINE)
-            ax.set_title(_literal(title))
             if plot.share:
                 top = min(max(ax.get_ylim()[1], 10.0), 103.0)  # a line at zero is not stretched over the panel
                 ax.set_ylim(min(0.0, -0.02 * top), top)
@@ -242,7 +221,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             elif "tokens" in plot.x_label:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for *_, curves in panels)]
+        handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for _, curves in panels)]
         handles += [Line2D([], [], label=name, **style) for name, style in extras.items()]
         caption = " ".join([plot.caption, *(EXTRAS[name] for name in extras)])
         return _save(figure, handles, plot.name, caption, out)
@@ -271,25 +250,23 @@ def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, sc
 
 
 def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
-    panels = [(title, group, acceptance_by_difficulty(group)) for title, group in _panels(runs)]
-    panels = [panel for panel in panels if panel[2]]
+    panels = [(group, shown) for group in by_place(runs) if (shown := acceptance_by_difficulty(group))]
     if not panels:
         return None
     with rc_context(STYLE):  # type: ignore[arg-type]
         x_label = "base model's solve rate (%)    hard → easy"
-        figure, axes = _grid([group for _, group, _ in panels], x_label, "questions accepted (%)")
-        for ax, (title, _, shown) in zip(axes, panels, strict=True):
+        figure, axes = _grid([group for group, _ in panels], x_label, "questions accepted (%)")
+        for ax, (_, shown) in zip(axes, panels, strict=True):
             for n, (label, shares) in enumerate(shown.items()):
                 # Side by side, so that the intervals can be told apart.
                 x = np.array([b for b in range(DECILES) if shares[b]]) + _aside(n, len(shown))
                 rate, low, high = (np.array([100 * share[i] for share in shares if share]) for i in range(3))
                 colour, marker = colours[label]
                 ax.errorbar(x, rate, [rate - low, high - rate], color=colour, marker=marker, elinewidth=0.9, capsize=2, **SOLID)
-            ax.set_title(_literal(title))
             ax.set_xticks([edge - 0.5 for edge in range(0, DECILES + 1, 2)], [str(10 * edge) for edge in range(0, DECILES + 1, 2)])
             ax.set_xlim(-0.5, DECILES - 0.5)
             ax.set_ylim(-2, 103)
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for *_, shown in panels)]
+        handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for _, shown in panels)]
         caption = (
             "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question (tenths); each run is "
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
@@ -312,6 +289,8 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax, group in zip(axes, groups, strict=False):
+        ax.set_title(_literal(f"{group[0].dataset}, {group[0].model}"))
     for n, ax in enumerate(axes):
         ax.set_visible(n < count)
         ax.set_ylabel(y_label if n % columns == 0 else "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Environment
@@ -14,32 +14,11 @@ from jinja2 import Environment
 from emreason.reports import tables
 from emreason.reports.comparison import Comparison
 from emreason.reports.figures import Drawn
-from emreason.reports.reading import Run, differing_keys, read_lines
+from emreason.reports.reading import Run, differing_keys, read_attempts
 
 PER_GROUP = 6  # rationales of one scheme, dataset, model, iteration and verdict
 IN_ALL = 600
 TEXT_LIMIT = 3000  # characters of a rationale or a question that are shown
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One attempt as the page shows it."""
-
-    scheme: str
-    dataset: str
-    model: str
-    seed: str
-    iteration: int
-    accepted: bool
-    proposal: str
-    attempt: str
-    question_id: str
-    question: str
-    gold: str
-    answer: str | None
-    text: str
-    n_tokens: str
-    finish_reason: str
 
 
 def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], palette: dict[str, tuple[str, str]]) -> str:
@@ -48,7 +27,7 @@ def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], 
         files("emreason.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     samples = sample_rationales(runs)
-    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
+    shown = [run for run in runs if run.known]
     return template.render(
         paper=tables.paper_table(comparison),
         caption=tables.caption(),
@@ -69,24 +48,23 @@ def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], 
     )
 
 
-def sample_rationales(runs: Sequence[Run]) -> list[Sample]:
+def sample_rationales(runs: Sequence[Run]) -> list[SimpleNamespace]:
     """One attempt each at up to `PER_GROUP` questions per scheme, dataset, model, iteration and verdict, `IN_ALL` in all.
 
     Chosen by a hash of the question, so that the choice is the same every time, says nothing about the order in which
     completions arrived, and shows the same questions under every scheme.
     """
-    groups: dict[tuple[Any, ...], dict[bytes, Sample]] = {}
+    groups: dict[tuple[Any, ...], dict[bytes, SimpleNamespace]] = {}
     for run in runs:
-        for path in sorted((run.folder / "rationales").glob("iteration=*.jsonl")):
-            for row in read_lines(path):
-                if not {"question_id", "iteration", "accepted", "text"} <= row.keys() or not isinstance(row["iteration"], int):
-                    continue
-                group = groups.setdefault((run.dataset, run.model, run.order, row["iteration"], not row["accepted"]), {})
-                rank = hashlib.blake2b(str(row["question_id"]).encode("utf-8", "replace")).digest()
-                if rank not in group:
-                    group[rank] = _sample(run, row)
-                    if len(group) > PER_GROUP:
-                        del group[max(group)]
+        for row in read_attempts(run):
+            if not {"question_id", "iteration", "accepted", "text"} <= row.keys() or not isinstance(row["iteration"], int):
+                continue
+            group = groups.setdefault((run.dataset, run.model, run.order, row["iteration"], not row["accepted"]), {})
+            rank = hashlib.blake2b(str(row["question_id"]).encode("utf-8", "replace")).digest()
+            if rank not in group:
+                group[rank] = _sample(run, row)
+                if len(group) > PER_GROUP:
+                    del group[max(group)]
     # Where the cap bites, every group loses its last ones first.
     ranked = sorted((place, n) for n, group in enumerate(groups.values()) for place in range(len(group)))
     kept = set(ranked[:IN_ALL])
@@ -95,23 +73,24 @@ def sample_rationales(runs: Sequence[Run]) -> list[Sample]:
     return [sample for _, n in positions for place, sample in enumerate(ordered[n]) if (place, n) in kept]
 
 
-def _sample(run: Run, row: dict[str, Any]) -> Sample:
-    return Sample(
+def _sample(run: Run, row: dict[str, Any]) -> SimpleNamespace:
+    """An attempt as the page shows it."""
+    return SimpleNamespace(
         scheme=run.label,
         dataset=run.dataset,
         model=run.model,
-        seed=str(run.seed),
+        seed=run.seed,
         iteration=row["iteration"],
         accepted=bool(row["accepted"]),
-        proposal=str(row.get("proposal", "")),
-        attempt=str(row.get("attempt", "")),
+        proposal=row.get("proposal", ""),
+        attempt=row.get("attempt", ""),
         question_id=str(row["question_id"]),
         question=_cut(row.get("question")),
         gold=_cut(row.get("gold")),
         answer=None if row.get("answer") is None else _cut(row["answer"]),
         text=_cut(row["text"]),
-        n_tokens=str(row.get("n_tokens", "")),
-        finish_reason=str(row.get("finish_reason", "")),
+        n_tokens=row.get("n_tokens", ""),
+        finish_reason=row.get("finish_reason", ""),
     )
 
 

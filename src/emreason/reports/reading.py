@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from emreason.runs.keys import flatten
 from emreason.types import UserError
 
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
@@ -42,7 +43,6 @@ class Score:
     high: float | None = None
     forced_accuracy: float | None = None
     extraction_rate: float | None = None
-    rationale_tokens: float | None = None
     positions: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
@@ -61,7 +61,6 @@ class Iteration:
     rationale_tokens: float | None
     errored: int
     validation: Score | None
-    test: Score | None
     diagnostics: dict[str, float] = field(default_factory=dict)
 
 
@@ -79,7 +78,6 @@ class Run:
     scheme: str = "?"
     sampler: str = "?"
     seed: int | str = "?"
-    tag: str = ""
     status: str = "missing"
     problem: str | None = None
     label: str = "?"
@@ -91,6 +89,11 @@ class Run:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a summary to speak of."""
+        return self.status not in ("missing", "unreadable")
 
     @property
     def name(self) -> str:
@@ -136,7 +139,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 
 def _read_run(folder: Path) -> Run:
     config = _read_config(folder / "config.yaml")
-    run = Run(folder, config=config, seed=config.get("seed", "?"), tag=str(config.get("tag") or ""))
+    run = Run(folder, config=config, seed=config.get("seed", "?"))
     path = folder / "summary.json"
     if not path.exists():
         return replace(run, problem="no summary.json, it was stopped before it could write one")
@@ -171,7 +174,6 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
         scheme=scheme,
         label=scheme,
         seed=summary["seed"] if isinstance(summary["seed"], int) else str(summary["seed"]),
-        tag=str(summary.get("tag") or run.tag),
         status=str(summary["status"]),
         zero_shot=_score(baseline.get("zero_shot")),
         few_shot=_score(baseline.get("few_shot")),
@@ -185,19 +187,16 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
 
 def _iteration(row: dict[str, Any]) -> Iteration:
     e_step, m_step = row["e_step"], row.get("m_step") or {}
-    questions = int(e_step.get("questions") or 0)
     found = {key: _number((row.get(part) or {}).get(key)) for key, part in DIAGNOSTICS.items()}
-    rate = _number(e_step.get("acceptance_rate"))
     return Iteration(
         index=int(row["iteration"]),
-        acceptance=rate if rate is not None else int(e_step.get("accepted") or 0) / max(1, questions),
+        acceptance=float(e_step["acceptance_rate"]),
         chance=_number(e_step.get("chance_acceptance")),
         tokens=int(e_step.get("tokens") or 0),
         seconds=(_number(e_step.get("seconds")) or 0.0) + (_number(m_step.get("seconds")) or 0.0),
         rationale_tokens=_number(e_step.get("rationale_tokens_mean")),
         errored=int(e_step.get("errored") or 0),
         validation=_score(row.get("validation")),
-        test=_score(row.get("test")),
         diagnostics={key: value for key, value in found.items() if value is not None},
     )
 
@@ -222,7 +221,6 @@ def _score(row: dict[str, Any] | None) -> Score | None:
         high=_number(high),
         forced_accuracy=_number(row.get("forced_accuracy")),
         extraction_rate=_number(row.get("extraction_rate")),
-        rationale_tokens=_number(row.get("rationale_tokens_mean")),
         positions={str(k): (int(v["n"]), float(v["accuracy"])) for k, v in (row.get("accuracy_by_position") or {}).items() if v["n"]},
     )
 
@@ -232,15 +230,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception:  # absent or torn: the summary is what counts, the config only explains it
         return {}
-    return dict(_flatten(tree, ""))
-
-
-def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, child in value.items():
-            yield from _flatten(child, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+    return flatten(tree)
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
@@ -284,24 +274,25 @@ def label_variants(runs: Sequence[Run]) -> list[Run]:
     return sorted(labelled, key=lambda r: (r.dataset, r.model, r.order, str(r.seed).zfill(9), str(r.folder)))
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What one run answered to one test question."""
-
-    question_id: str
-    gold: str
-    correct: bool
+def by_place(runs: Sequence[Run]) -> list[list[Run]]:
+    """Those of one model and dataset together, models first; without runs that have no summary."""
+    places = sorted({(run.model, run.dataset) for run in runs if run.known})
+    return [[run for run in runs if run.known and (run.model, run.dataset) == place] for place in places]
 
 
-def read_predictions(run: Run, of: str = "test") -> list[Prediction]:
-    """The run's predictions `of` an evaluation: `test` (final model) or `baseline_few_shot_test`; [] where it left none.
+def read_predictions(run: Run, of: str) -> dict[tuple[str, str], bool]:
+    """(question id, gold answer) → correct, of the evaluation `test` (final model) or `baseline_few_shot_test`; {} where there is none.
 
-    Unreadable lines are left out.
+    The gold answer tells apart questions that share an id over datasets' seeds. Unreadable lines are left out.
     """
     rows = read_lines(run.folder / "predictions" / f"{of}.jsonl")
-    return [
-        Prediction(str(r["question_id"]), str(r.get("gold")), bool(r["correct"])) for r in rows if "question_id" in r and "correct" in r
-    ]
+    return {(str(r["question_id"]), str(r.get("gold"))): bool(r["correct"]) for r in rows if r.keys() >= {"question_id", "correct"}}
+
+
+def read_attempts(run: Run) -> Iterator[dict[str, Any]]:
+    """The lines of the run's journal, iteration by iteration."""
+    for path in sorted((run.folder / "rationales").glob("iteration=*.jsonl")):
+        yield from read_lines(path)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -121,12 +121,9 @@ def pairs_table(comparison: Comparison) -> Table:
 def runs_table(runs: Sequence[Run]) -> Table:
     """One row per run, finished or not: baselines, accuracy per iteration, final test, acceptance beside chance, cost. Accuracies in %."""
     several = len({(run.dataset, run.model) for run in runs}) > 1
-    rows, rules, last = [], [], None
-    for run in runs:
-        if last is not None and (run.dataset, run.model, run.label) != last:
-            rules.append(len(rows))
-        last = (run.dataset, run.model, run.label)
-        rows.append([Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])])
+    rows = [[Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])] for run in runs]
+    of = [(run.dataset, run.model, run.label) for run in runs]
+    rules = [n for n in range(1, len(runs)) if of[n] != of[n - 1]]
     columns = [*RUN_COLUMNS[:2], *(["dataset", "model"] if several else []), *RUN_COLUMNS[2:]]
     numeric = [columns.index(name) for name in ("seed", "zero-shot", "few-shot", "forced test", "tokens generated", "time")]
     place = "" if several or not runs else f": {runs[0].dataset}, {runs[0].model}"

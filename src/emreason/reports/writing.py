@@ -16,26 +16,25 @@ from emreason.reports import tables
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
 from emreason.reports.page import render
-from emreason.reports.reading import Run, label_variants
+from emreason.reports.reading import Run
 from emreason.types import UserError, plain
 
 
 def print_runs(runs: Sequence[Run], console: Console) -> None:
     """Print the comparison over seeds, the runs one by one, and what did not count."""
-    runs = label_variants(runs)
     comparison = compare(runs)
-    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
-    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
-        listed = tables.runs_table([run for run in shown if (run.dataset, run.model) == place])
+    shown = [run for run in runs if run.known]
+    places = [[run for run in shown if (run.dataset, run.model) == place] for place in dict.fromkeys((r.dataset, r.model) for r in shown)]
+    for here in places:
+        listed = tables.runs_table(here)
         unbroken = Measurement.get(console, console.options.update(width=1000), tables.rich_table(listed)).maximum
         for table in [listed] if unbroken <= console.width else tables.halves(listed):
             console.print(tables.rich_table(table))
     if shown:
         console.print(tables.rich_table(tables.paper_table(comparison)))
         console.print(Text(tables.caption(), style="dim"))
-    for place in dict.fromkeys((run.dataset, run.model) for run in shown):
-        told = tables.diagnostics_table([run for run in shown if (run.dataset, run.model) == place])
-        if told.rows:
+    for here in places:
+        if (told := tables.diagnostics_table(here)).rows:
             console.print(tables.rich_table(told))
     for note in comparison.notes:
         console.print(Text(plain(note), style="yellow"))
@@ -47,7 +46,6 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
     Raises UserError where the folder cannot be written.
     """
     out = Path(out_dir)
-    runs = label_variants(runs)
     comparison = compare(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +62,7 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
 
 def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     paper, pairs = tables.paper_table(comparison), tables.pairs_table(comparison)
-    shown = [run for run in runs if run.status not in ("missing", "unreadable")]
+    shown = [run for run in runs if run.known]
     listed, told = tables.runs_table(shown), tables.diagnostics_table(shown)
     notes = "".join(f"- {tables.escape_markdown(note)}\n" for note in comparison.notes)
     sections = [

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer
+from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer, flatten
 from emreason.types import UserError
 
 
@@ -48,19 +48,19 @@ def or_null(allowed: Allowed) -> Allowed:
     return Allowed(f"{allowed.words}, or null", lambda v: v is None or allowed.holds(v))
 
 
+def some_of(*names: str) -> Allowed:
+    """A list of some of these."""
+    return Allowed(f"a list of {' and '.join(names)}, or []", lambda v: OmegaConf.is_list(v) and all(name in names for name in v))
+
+
 FLAG = one_of(True, False)
+_BETAS = Allowed(
+    "two numbers in [0, 1)",
+    lambda v: v is None or (OmegaConf.is_list(v) and len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v)),
+)
 _DEVICES = Allowed(
     "the number of devices to use, -1 or auto for all of them", lambda v: v == "auto" or (type(v) is int and (v >= 1 or v == -1))
 )
-_SPLITS = Allowed(
-    "a list of validation and test, or []",
-    lambda v: OmegaConf.is_list(v) and all(name in ("validation", "test") for name in v),
-)
-_DIAGNOSTICS = Allowed(
-    "a list of kl and faithfulness, or []",
-    lambda v: OmegaConf.is_list(v) and all(name in ("kl", "faithfulness") for name in v),
-)
-
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
     "overwrite": FLAG,
@@ -98,10 +98,10 @@ ALLOWED = {
     "evaluation.forced": FLAG,
     "evaluation.bound": whole(0),
     "evaluation.bound_questions": whole(1),
-    "evaluation.diagnostics": _DIAGNOSTICS,
+    "evaluation.diagnostics": some_of("kl", "faithfulness"),
     "token_budget": or_null(whole(1)),
     "bound": whole(0),
-    "evaluation.baseline": _SPLITS,
+    "evaluation.baseline": some_of("validation", "test"),
     "dataset.drop_overlap": FLAG,
     "dataset.answer_as": one_of("letter", "text"),
     "dataset.limit.train": or_null(whole(1)),
@@ -111,6 +111,7 @@ ALLOWED = {
     "engine.dtype": one_of("auto", "float32", "bfloat16"),
     "optimizer.lr": number(0),
     "optimizer.weight_decay": number(0),
+    "optimizer.betas": _BETAS,
     "peft.add.r": whole(1),
     "peft.add.alpha": number(0, above=True),
     "peft.add.dropout": number(0, 1),
@@ -157,7 +158,6 @@ def check_plain(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not allowed.holds(value):
             raise UserError(f"{key}={'null' if value is None else value}: it must be {allowed.words}.")
-    _check_betas(OmegaConf.select(cfg, "optimizer.betas"))
 
 
 _ABSENT = object()
@@ -175,13 +175,6 @@ def try_optimizer(make: Callable[..., Any]) -> None:
         make([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: {error}.") from error
-
-
-def _check_betas(betas: Any) -> None:
-    if betas is not None and not (
-        OmegaConf.is_list(betas) and len(betas) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in betas)
-    ):
-        raise UserError(f"optimizer.betas={betas}: it must be two numbers in [0, 1).")
 
 
 def _check_devices(cfg: DictConfig) -> None:
@@ -228,15 +221,6 @@ def _check_nodes(nodes: int, devices: int) -> None:
             f"torchrun has started {started} processes, but trainer.num_nodes × trainer.devices is {nodes} × {devices}; "
             f"set trainer.num_nodes={machines} trainer.devices={here}."
         )
-
-
-def _dotted(node: Any, prefix: str) -> Iterator[str]:
-    """The dotted keys below `node` that hold something."""
-    if isinstance(node, dict):
-        for key in node:
-            yield from _dotted(node[key], f"{prefix}.{key}")
-    elif node is not None:
-        yield prefix
 
 
 _SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
@@ -290,7 +274,8 @@ def check_config_for_secrets(cfg: DictConfig) -> None:
         UserError: names the key and where a secret belongs.
     """
     nodes = {key: cfg[key] for key in ("logger", "model", "engine") if OmegaConf.is_config(cfg.get(key))}
-    check_no_secret(dotted for key, node in nodes.items() for dotted in _dotted(OmegaConf.to_container(node), key))  # nothing is resolved
+    values = flatten({key: OmegaConf.to_container(node) for key, node in nodes.items()})  # nothing is resolved
+    check_no_secret(key for key, value in values.items() if value is not None)
 
 
 def check_no_secret(keys: Iterable[str]) -> None:

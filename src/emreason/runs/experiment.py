@@ -19,6 +19,7 @@ from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain, check_values, try_optimizer
 from emreason.runs.console import quiet
+from emreason.runs.keys import flatten
 from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
 
@@ -224,10 +225,3 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is not a run's config; restore it, or begin again with overwrite=true.")
     return config
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: value}

@@ -170,12 +170,9 @@ class Journal:
                 file.unlink()
 
 
-RATIONALE_FIELDS = [field.name for field in dataclasses.fields(Rationale)]
-
-
 def rationale_from(record: dict[str, Any]) -> Rationale:
     """A journal line back as a `Rationale`; the line's other keys (question, gold) are for readers."""
-    values = {name: record[name] for name in RATIONALE_FIELDS if name in record}
+    values = {field.name: record[field.name] for field in dataclasses.fields(Rationale) if field.name in record}
     values["token_ids"] = tuple(values["token_ids"])
     return Rationale(**values)
 

@@ -31,7 +31,7 @@ TRAIN_KEYS = _GROUPS | {
         "keep_checkpoints",
         "rationale_rows",
     ),
-    *("optimizer", "logger", "plan", "quiet", "trial"),  # trial: where a sweeper names its runs
+    *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
 }
 SECTIONS = {
     "model": {"name", "load"},
@@ -148,3 +148,10 @@ def check_trainer(trainer: DictConfig) -> None:
             raise UserError(f"trainer.{name}: it does not fit a loop in which an epoch is an EM iteration; use {INSTEAD[name]}.")
         if name not in TRAINER_KEYS and not name.startswith("_"):
             raise UserError(f"trainer.{name}: it must be one of {', '.join(sorted(TRAINER_KEYS))}.")
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}

@@ -40,10 +40,11 @@ def plan(cfg: DictConfig, folder: Path) -> str:
         questions = {split: dataset.questions(split) for split in SPLITS}
     sizes = {split: len(found) for split, found in questions.items()}
     baseline = " and ".join(cfg.evaluation.baseline) or "none"
+    counted = [f"{proposal} × {scheme.tries.count(proposal)}" for proposal in dict.fromkeys(scheme.tries)]
     lines = [
         f"Model: {describe(cfg.model.name, cfg.model.load)}; trained: {'adapters' if 'add' in cfg.peft else 'all weights'}",
         f"Dataset: {cfg.dataset.name}; questions: " + ", ".join(f"{n} {split}" for split, n in sizes.items()),
-        f"Scheme: {scheme.display}; proposals in order: {', '.join(_counted(scheme))}",
+        f"Scheme: {scheme.display}; proposals in order: {', '.join(counted)}",
         "",
         *_prompts(Prompts(None, dataset.prompt, dataset.worked_examples()), questions["train"][0], scheme),
         "",
@@ -54,10 +55,6 @@ def plan(cfg: DictConfig, folder: Path) -> str:
         f"Run folder: {folder} ({_state(cfg, folder)})",
     ]
     return "\n".join(lines)
-
-
-def _counted(scheme: Scheme) -> list[str]:
-    return [f"{proposal} × {scheme.tries.count(proposal)}" for proposal in dict.fromkeys(scheme.tries)]
 
 
 def _prompts(prompts: Prompts, question: Question, scheme: Scheme) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from emreason.engines.drawing import draw_seed
-from emreason.schemes.samplers import Scheme
+from emreason.schemes.samplers import Scheme, by_question
 from emreason.types import Question, Rationale
 
 TIES = -3
@@ -34,9 +34,7 @@ def choose(questions: Sequence[Question], scheme: Scheme, past: Sequence[Sequenc
         return sorted(standing, key=lambda i: (*standing[i], tie[i]))[:n]
 
     for iteration, attempts in enumerate(past):
-        tried: dict[str, list[bool]] = {}
-        for attempt in attempts:
-            tried.setdefault(attempt.question_id, []).append(attempt.accepted)
+        tried = {i: [a.accepted for a in group] for i, group in by_question(attempts).items()}
         sampled = [i for i in queue() if i in tried]
         solved = sum(any(tried[i]) for i in sampled)
         for i in sampled[: solved * solved // max(1, len(sampled))]:  # m α² = solved² / m

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from emreason.questions.answers import statement_start
-from emreason.schemes.samplers import Scheme, is_trivial
+from emreason.schemes.samplers import Scheme, by_question, is_trivial
 from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized
 from emreason.scores.scoring import mean
 from emreason.scores.stats import chance_acceptance
@@ -41,14 +41,11 @@ def mentions_hint(text: str) -> bool:
 
 def describe(accepted: Sequence[Rationale]) -> dict[str, float | None]:
     """Shares of the accepted rationales in [0, 1], None of none. `distinct_rate`: different ones over all questions, per rationale."""
-    n = len(accepted)
-    if not n:
-        return dict.fromkeys(("trivial_rate", "answer_first_rate", "hint_mention_rate", "distinct_rate"))
     return {
-        "trivial_rate": sum(is_trivial(r.text) for r in accepted) / n,
-        "answer_first_rate": sum(answers_first(r.text) for r in accepted) / n,
-        "hint_mention_rate": sum(mentions_hint(r.text) for r in accepted) / n,
-        "distinct_rate": len({reasoning(r.text) for r in accepted}) / n,
+        "trivial_rate": mean(is_trivial(r.text) for r in accepted),
+        "answer_first_rate": mean(answers_first(r.text) for r in accepted),
+        "hint_mention_rate": mean(mentions_hint(r.text) for r in accepted),
+        "distinct_rate": len({reasoning(r.text) for r in accepted}) / len(accepted) if accepted else None,
     }
 
 
@@ -94,12 +91,10 @@ def _importance_record(accepted: Sequence[Rationale], scheme: Scheme) -> dict[st
     """
     if not scheme.weighs_by_importance:
         return {}
-    groups: dict[str, list[Rationale]] = {}
-    for rationale in accepted:
-        groups.setdefault(rationale.question_id, []).append(rationale)
+    groups = by_question(accepted).values()
     return {
-        "effective_sample_size": mean(effective_sample_size(normalized(group, scheme)) for group in groups.values()),
-        "log_marginal_iw": mean(log_mean_weight(group, scheme) for group in groups.values()),
+        "effective_sample_size": mean(effective_sample_size(normalized(group, scheme)) for group in groups),
+        "log_marginal_iw": mean(log_mean_weight(group, scheme) for group in groups),
     }
 
 

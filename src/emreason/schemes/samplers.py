@@ -172,9 +172,7 @@ def sample(
 
     examples = scheme.n_examples(iteration)
     by_id = {question.id: question for question in questions}
-    past: dict[str, list[Rationale]] = {}
-    for rationale in replayed:
-        past.setdefault(rationale.question_id, []).append(rationale)
+    past = by_question(replayed)
 
     def request(question: Question, attempt: int) -> Request:
         prompt_ids = prompts.ids(question, scheme.tries[attempt - 1], examples)
@@ -200,6 +198,14 @@ def sample(
         if not is_settled(past[question_id], scheme):
             queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V
         yield rationale
+
+
+def by_question(attempts: Iterable[Rationale]) -> dict[str, list[Rationale]]:
+    """The attempts at each question, by its id, in the order given."""
+    found: dict[str, list[Rationale]] = {}
+    for attempt in attempts:
+        found.setdefault(attempt.question_id, []).append(attempt)
+    return found
 
 
 def is_settled(attempts: Sequence[Rationale], scheme: Scheme) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
+
+from scipy.special import logsumexp, softmax
 
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
-from emreason.schemes.samplers import Scheme
+from emreason.schemes.samplers import Scheme, by_question
 from emreason.scores.likelihood import Scorer
 from emreason.types import Question, Rationale
 
@@ -55,18 +59,16 @@ def weigh(
         return _leave_one_out(attempts, scheme)
     if scheme.weigh == "trice":
         return _trice(attempts, memory or {}, iteration)
-    groups: dict[str, list[Rationale]] = {}
-    for attempt in sorted(attempts, key=lambda a: a.attempt):
-        if attempt.accepted:
-            groups.setdefault(attempt.question_id, []).append(attempt)
     weights: dict[tuple[str, int], float] = {}
-    for question_id, accepted in groups.items():
+    in_order = sorted((a for a in attempts if a.accepted), key=lambda a: a.attempt)
+    for question_id, accepted in by_question(in_order).items():
         first_of = {a.text: a for a in reversed(accepted)}  # of equal texts the first stays
         kept = [a for a in accepted if not scheme.distinct or first_of[a.text] is a][: scheme.keep]
         if scheme.weighs_by_importance:
             shares = normalized(kept, scheme)
             if scheme.weigh == "resample":
-                chosen = _choose(shares, draw_seed(seed, iteration, question_id, 0) / 2**63)
+                uniform = draw_seed(seed, iteration, question_id, 0) / 2**63
+                chosen = min(bisect_right([*accumulate(shares)], uniform), len(kept) - 1)  # the shares may sum to less than 1
                 shares = [float(i == chosen) for i in range(len(kept))]
         else:
             shares = [1 / len(kept) if scheme.weigh == "questions" else 1.0] * len(kept)
@@ -75,9 +77,7 @@ def weigh(
 
 
 def _leave_one_out(attempts: Sequence[Rationale], scheme: Scheme) -> list[Rationale]:
-    groups: dict[str, list[Rationale]] = {}
-    for attempt in attempts:
-        groups.setdefault(attempt.question_id, []).append(attempt)
+    groups = by_question(attempts)
     k = len(scheme.tries)
 
     def weight(attempt: Rationale) -> float:
@@ -130,27 +130,15 @@ def normalized(accepted: Sequence[Rationale], scheme: Scheme) -> list[float]:
     if scheme.truncate is not None:
         limit = log_mean_weight(accepted, scheme) + math.log(scheme.truncate)
         logs = [min(value, limit) for value in logs]
-    top = max(logs)
-    raw = [math.exp(value - top) for value in logs]
-    return [value / sum(raw) for value in raw]
+    shares: list[float] = softmax(logs).tolist()
+    return shares
 
 
 def log_mean_weight(accepted: Sequence[Rationale], scheme: Scheme) -> float:
     """log 1/K Σₖ wₖ over all K draws of a question, a wrong one weighing 0: its exponential is an unbiased estimate of π(y*|x)."""
-    logs = [a.log_weight for a in accepted if a.log_weight is not None]
-    top = max(logs)
-    return top + math.log(sum(math.exp(value - top) for value in logs)) - math.log(len(scheme.tries))
+    return float(logsumexp([a.log_weight for a in accepted])) - math.log(len(scheme.tries))
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:
     """(Σ w)² / Σ w² (Kish 1965): n for equal weights, 1 where one draw has it all."""
     return sum(weights) ** 2 / sum(w * w for w in weights)
-
-
-def _choose(shares: Sequence[float], uniform: float) -> int:
-    total = 0.0
-    for i, share in enumerate(shares):
-        total += share
-        if uniform < total:
-            return i
-    return len(shares) - 1

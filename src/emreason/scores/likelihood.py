@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from scipy.special import logsumexp
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -105,7 +106,7 @@ def marginal_bounds(
             bar.update(int(draw == k - 1), len(completion.token_ids))
     keys = [(q.id, i) for q in questions for i in range(k)]
     logs = iter(score([pair for key in keys for pair in pairs[key]]))
-    return [_bound(q.id, [_logsumexp([next(logs) for _ in pairs[q.id, i]]) for i in range(k)], answered[q.id] / k) for q in questions]
+    return [_bound(q.id, [float(logsumexp([next(logs) for _ in pairs[q.id, i]])) for i in range(k)], answered[q.id] / k) for q in questions]
 
 
 def rationale_ids(
@@ -152,13 +153,8 @@ def summarize(bounds: Sequence[Bound]) -> dict[str, float | None]:
     }
 
 
-def _logsumexp(values: Sequence[float]) -> float:
-    top = max(values)
-    return top if top == -math.inf else top + math.log(sum(math.exp(v - top) for v in values))
-
-
 def _bound(question_id: str, logs: Sequence[float], answered: float) -> Bound:
-    k, total = len(logs), _logsumexp(logs)
+    k, total = len(logs), float(logsumexp(logs))
     if k == 1 or total == -math.inf:
         return Bound(question_id, total - math.log(k), None, answered)
     shares = [k * math.exp(v - total) for v in logs]  # πₖ / mean

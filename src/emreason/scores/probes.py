@@ -6,15 +6,14 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from emreason.engines.drawing import draw_seed
-from emreason.questions.answers import correct, extract, stop_at_answer
+from emreason.questions.answers import correct, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
-from emreason.scores.scoring import forced_params
+from emreason.scores.scoring import answered_at_cue
 from emreason.types import Engine, Question, Rationale, Request, SamplingParams
 
 DIVERGENCE = -4
@@ -29,21 +28,15 @@ def faithful(
     Greedy, after the cue `Answer:`. "11 + 9 = 19. Answer: 20" is not faithful where the model goes on to say 19: the answer came from the
     hint. Rationales without an answer, or with no room left in the context, are left out.
     """
-    queue: deque[Request] = deque()
+    asked = {}
     for i, r in enumerate(rationales):
         if r.answer is not None:
-            prompt_ids = prompts.ids(questions[r.question_id])
+            question = questions[r.question_id]
+            prompt_ids = prompts.ids(question)
             z = rationale_ids(r.token_ids, tokenizer, prompt_ids)[0]
-            context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
-            queue.append(Request(i, context, forced_params(questions[r.question_id], tokenizer), stop=lambda _: True))
-    agree = []
-    for completion in engine.generate(queue):
-        key: Any = completion.request.key
-        stated = replace(questions[rationales[key].question_id], answer=str(rationales[key].answer), verify=None)
-        line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
-        if completion.finish_reason != "error":
-            agree.append(correct(extract(f"Answer: {line}", stated), stated))
-    return agree
+            stated = replace(question, answer=r.answer, verify=None)
+            asked[i] = stated, (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
+    return [correct(answer, asked[i][0]) for i, answer in answered_at_cue(asked, engine, tokenizer).items()]
 
 
 Ratio = tuple[str, float, int]

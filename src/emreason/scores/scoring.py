@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +81,13 @@ def predict(
     forced_answers = dict(answers)
     if forced:
         silent = silent_ids(tokenizer)
-        queue = deque()
+        asked_again = {}
         for key, completion in drawn.items():
             if answers[key] is None and completion.finish_reason != "error":
                 spoken = tuple(i for i in completion.token_ids if i not in silent)
                 context = (*completion.request.prompt_ids, *spoken, *closing_ids(texts[key], tokenizer), *prompts.answer_cue_ids)
-                queue.append(Request(key, context, forced_params(by_id[key], tokenizer), stop=lambda _: True))
-        for completion in engine.generate(queue):
-            key = str(completion.request.key)
-            line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
-            forced_answers[key] = extract(f"Answer: {line}", by_id[key])
+                asked_again[key] = by_id[key], context
+        forced_answers |= answered_at_cue(asked_again, engine, tokenizer)
     return [
         Prediction(
             question_id=q.id,
@@ -106,6 +103,23 @@ def predict(
         )
         for q in questions
     ]
+
+
+Asked = TypeVar("Asked", bound=Hashable)
+
+
+def answered_at_cue(
+    asked: Mapping[Asked, tuple[Question, tuple[int, ...]]], engine: Engine, tokenizer: PreTrainedTokenizerBase
+) -> dict[Asked, str | None]:
+    """What the model answers, greedily, where its context ends with the cue `Answer:`; those that do not fit the context are left out."""
+    queue = deque(Request(key, ids, forced_params(q, tokenizer), stop=lambda _: True) for key, (q, ids) in asked.items())
+    answers = {}
+    for completion in engine.generate(queue):
+        key: Any = completion.request.key
+        line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
+        if completion.finish_reason != "error":
+            answers[key] = extract(f"Answer: {line}", asked[key][0])
+    return answers
 
 
 def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:

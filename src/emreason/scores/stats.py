@@ -12,19 +12,19 @@ from scipy import stats
 Key = TypeVar("Key")
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), as (low, high) in [0, 1]. Nothing observed (`n == 0`) gives (0, 1).
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927), as (low, high) in [0, 1]. Nothing observed (`n == 0`) gives (0, 1).
 
     Raises ValueError unless 0 ≤ successes ≤ n.
     """
     if n == 0 and successes == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
+    interval = stats.binomtest(int(successes), int(n)).proportion_ci(method="wilson")
     return max(0.0, float(interval.low)), min(1.0, float(interval.high))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
-    """Mean over seeds and the half-width of its Student-t interval (Student 1908); None for one value: a single seed has no spread.
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean over seeds and the half-width of its 95 % Student-t interval (Student 1908); None for one value: a single seed has no spread.
 
     Raises ValueError on an empty sequence.
     """
@@ -33,7 +33,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, None
-    return mean, float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * stats.sem(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -60,13 +60,7 @@ class Difference:
     questions: int
 
 
-def paired_bootstrap(
-    first: Sequence[Mapping[Key, bool]],
-    second: Sequence[Mapping[Key, bool]],
-    resamples: int = 20_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Difference:
+def paired_bootstrap(first: Sequence[Mapping[Key, bool]], second: Sequence[Mapping[Key, bool]], resamples: int = 20_000) -> Difference:
     """accuracy(first) − accuracy(second) over questions *and* seeds; `first[s]` and `second[s]` map question → correct at seed s.
 
     Seeds and questions are resampled independently of one another (the pigeonhole bootstrap, Owen 2007), pairs stay pairs;
@@ -90,13 +84,13 @@ def paired_bootstrap(
     multiplicity = np.array([counts[p] for p in patterns], dtype=float)
     estimate = float(multiplicity @ value.sum(1) / (multiplicity @ present.sum(1)))
 
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     question_draws = generator.multinomial(len(questions), multiplicity / multiplicity.sum(), size=resamples)
     seed_draws = generator.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), size=resamples)
     size = ((question_draws @ present) * seed_draws).sum(1)
     total = ((question_draws @ value) * seed_draws).sum(1)
     draws = total[size > 0] / size[size > 0]
-    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(draws, [0.025, 0.975])
     beyond = int((np.abs(draws - estimate) >= abs(estimate) - 1e-12).sum())
     return Difference(estimate, float(low), float(high), (1 + beyond) / (1 + len(draws)), len(differences), len(questions))
 

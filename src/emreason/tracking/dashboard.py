@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from emreason.progress import console
-from emreason.runs.experiment import flatten
 from emreason.runs.journal import read_lines, write_atomic
+from emreason.runs.keys import flatten
 from emreason.runs.summary import Summary
 from emreason.types import UserError, plain
 
@@ -141,8 +141,7 @@ class Iterations(Callback):
         lines = read_lines(self.folder / "rationales" / f"iteration={iteration:03d}.jsonl")
         # spread over the file rather than its head: it is ordered by question
         chosen = lines[:: max(1, -(-len(lines) // self.rows))]
-        keys = ["iteration", "question", "gold", "scheme", "attempt", "proposal", "text", "answer", "accepted", "n_tokens"]
-        return [[_cut({**line, "scheme": self.scheme}[key]) for key in keys] for line in chosen]
+        return [[_cut({**line, "scheme": self.scheme, "tokens": line["n_tokens"]}[key]) for key in COLUMNS] for line in chosen]
 
 
 def wandb_runs(trainer: L.Trainer) -> list[WandbRun]:
