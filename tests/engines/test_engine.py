@@ -25,7 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
+from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
 from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
