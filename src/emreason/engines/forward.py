@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from emreason.engines.decoder import CACHE_STEP, PREFILL_TOKENS, Decoder
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory
+from emreason.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class RowCache(DynamicCache):
 
     def __init__(self, config: Any):
         super().__init__(config=config)
-        if kinds := {type(layer).__name__ for layer in self.layers if hasattr(layer, "update_indexer") or getattr(layer, "_layer_type", None)}:
+        if kinds := {
+            type(layer).__name__ for layer in self.layers if hasattr(layer, "update_indexer") or getattr(layer, "_layer_type", None)
+        }:
             raise NotImplementedError(f"a cache of {', '.join(kinds)}")
         self.windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
         self.store: dict[tuple[int, str, int], Tensor] = {}  # (layer, what, number): [rows, …], for K/V [rows, heads, slots, head_dim]
@@ -77,11 +80,12 @@ class RowCache(DynamicCache):
     def whole(self, config: Any, row: int, start: int) -> DynamicCache:
         """An ordinary cache that keeps all positions, with the first `start` of `row` in it (those outside a window hold anything)."""
         new = DynamicCache(config=config)
-        for layer, window in zip(new.layers, self.windows, strict=True):
+        layers: list[Any] = new.layers
+        for layer, window in zip(layers, self.windows, strict=True):
             if window:
                 layer.sliding_window = 2**31
         for (i, what, number), tensor in self.store.items() if start else ():
-            layer = new.layers[i]
+            layer = layers[i]
             if what in STATES:
                 show(layer, what, number, tensor[row : row + 1].clone())
             else:
@@ -132,13 +136,14 @@ def show(layer: Any, what: str, number: int, state: Tensor) -> None:
 
 
 class BatchedDecoder:
-    """Any causal LM by its own forward over a `RowCache`; prompts of about equal length pass together, with a little padding right of them."""
+    """Any causal LM by its own forward over a `RowCache`; prompts of about equal length pass together, padded on the right."""
 
     def __init__(self, model: Any):
         self.model, self.base = model, base_causal_lm(model)
         self.device, self.config = next(model.parameters()).device, self.base.config.get_text_config(decoder=True)
         self.cache = RowCache(self.config)
         self.recurrent = any(hasattr(layer, "conv_states") for layer in self.cache.layers)
+        self.attends = any(hasattr(layer, "keys") for layer in self.cache.layers)
         prompted = [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
         if prompted and (self.recurrent or any(self.cache.windows)):
             raise NotImplementedError("virtual tokens before windows or states")
@@ -185,7 +190,7 @@ class BatchedDecoder:
         if self.device.type == "cuda":  # few shapes: a new one costs a kernel's plan
             live = min(-(-live // CACHE_STEP) * CACHE_STEP, self.cache.width)
         self.cache.step(at, live)
-        mask = (torch.arange(live, device=self.device) <= at[:, None]).long()
+        mask = (torch.arange(live, device=self.device) <= at[:, None]).long() if self.attends else None
         out = self.base(
             **accepted(self.base, input_ids=tokens[:, None], attention_mask=mask, position_ids=at[:, None], past_key_values=self.cache)
         )
@@ -245,23 +250,31 @@ _ways: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def forward_decoder(model: nn.Module) -> Decoder:
-    """The fastest decoder of `WAYS` that gives this model's own logits; tried once, a slow one is told. The model must be in eval mode."""
+    """The fastest decoder of `WAYS` that gives this model's own logits; tried once, a slow one is told. The model must be in eval mode.
+
+    Raises UserError where none does.
+    """
     if model not in _ways:
-        why = ""
-        for way, make in WAYS.items():
-            try:
-                wrong = "its logits differ from those of a forward over each row" if disagrees(model, make(model)) else ""
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-            if not wrong:
-                break
-            why = why or wrong
-        if why:
-            log.warning("%s decodes %s, which is slow: its cache does not take a batch (%s)", type(base_causal_lm(model)).__name__, way, why)
-        _ways[model] = way
+        _ways[model] = choose(model)
     return WAYS[_ways[model]](model)
+
+
+def choose(model: nn.Module) -> str:
+    """The first of `WAYS` that agrees with the model; a line tells if it is not the first."""
+    why, name = "", type(base_causal_lm(model)).__name__
+    for way, make in WAYS.items():
+        try:
+            wrong = "its logits differ from those of a forward over each row" if disagrees(model, make(model)) else ""
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not wrong:
+            if why:
+                log.warning("%s decodes %s, which is slow: its cache does not take a batch (%s)", name, way, why)
+            return way
+        why = why or wrong
+    raise UserError(f"{name} cannot be decoded with this transformers ({why}).")
 
 
 @torch.inference_mode()
@@ -274,7 +287,7 @@ def disagrees(model: nn.Module, decoder: Decoder) -> bool:
     prompts = (6, 2, 0, wide, 3)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(config.vocab_size, (n + 4,), generator=generator).tolist() for n in prompts]
-    expected = [model(input_ids=torch.tensor([row], device=decoder.device)).logits[0].float() for row in rows]
+    expected = [model(input_ids=torch.tensor([row], device=decoder.device)).logits[0, -len(row) :].float() for row in rows]
     errors = []
 
     def decode(live: list[int], done: list[int]) -> None:
