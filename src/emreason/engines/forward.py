@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -236,9 +236,15 @@ class RowDecoder:
 
 def accepted(module: nn.Module, *, past_key_values: Any, **arguments: Any) -> dict[str, Any]:
     """The arguments that the module's forward has, its cache by its name for it, and the last token's logits only."""
-    names = inspect.signature(module.forward).parameters
+    names = parameters(type(module))
     arguments |= {"logits_to_keep": 1, "cache_params" if "cache_params" in names else "past_key_values": past_key_values}
     return {"use_cache": True} | {name: value for name, value in arguments.items() if name in names}
+
+
+@cache
+def parameters(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of the parameters of a forward."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 WAYS: dict[str, Callable[[nn.Module], Decoder]] = {
