@@ -234,7 +234,7 @@ class RowDecoder:
         self.past[target] = self.past.pop(source)
 
 
-def accepted(module: nn.Module, *, past_key_values: Any, **arguments: Any) -> dict[str, Any]:
+def accepted(module: Any, *, past_key_values: Any, **arguments: Any) -> dict[str, Any]:
     """The arguments that the module's forward has, its cache by its name for it, and the last token's logits only."""
     names = parameters(type(module))
     arguments |= {"logits_to_keep": 1, "cache_params" if "cache_params" in names else "past_key_values": past_key_values}
