@@ -236,15 +236,15 @@ class RowDecoder:
 
 def accepted(module: Any, *, past_key_values: Any, **arguments: Any) -> dict[str, Any]:
     """The arguments that the module's forward has, its cache by its name for it, and the last token's logits only."""
-    names = parameters(type(module))
+    names = parameters(module.__class__.forward)
     arguments |= {"logits_to_keep": 1, "cache_params" if "cache_params" in names else "past_key_values": past_key_values}
     return {"use_cache": True} | {name: value for name, value in arguments.items() if name in names}
 
 
 @cache
-def parameters(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the parameters of a forward."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's parameters."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 WAYS: dict[str, Callable[[nn.Module], Decoder]] = {
