@@ -25,8 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
+from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.forward import BatchedDecoder
 from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
 from emreason.types import Completion, Request, SamplingParams
@@ -170,11 +171,11 @@ def test_which_decoder() -> None:
     for name in ("llama", "qwen2", "llama_lora", "llama_untied_bias", "llama3_rope"):
         assert isinstance(make_decoder(MODELS[name]()), FusedDecoder), name
     for name in ("gpt2", "qwen2_sliding"):
-        assert isinstance(make_decoder(MODELS[name]()), ForwardDecoder), name
+        assert isinstance(make_decoder(MODELS[name]().eval()), BatchedDecoder), name
     dora = get_peft_model(llama(), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert isinstance(make_decoder(dora), ForwardDecoder)
+    assert isinstance(make_decoder(dora.eval()), BatchedDecoder)
     prompted = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    assert isinstance(make_decoder(prompted), ForwardDecoder)
+    assert isinstance(make_decoder(prompted.eval()), BatchedDecoder)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

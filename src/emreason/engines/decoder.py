@@ -1,4 +1,4 @@
-"""One decoding step over a preallocated K/V cache: a fused one for Llama and Qwen2, and any causal LM through its own forward.
+"""One decoding step over a preallocated K/V cache, fused for Llama and Qwen2; `forward.py` has that of any other causal LM.
 
 A decoder holds up to `rows` sequences. Row r has `length[r]` cached positions; the caller keeps the lengths. Rows 0 … B-1 are live, so
 every tensor of a step is a contiguous slice and nothing is gathered.
@@ -6,7 +6,6 @@ every tensor of a step is a contiguous slice and nothing is gathered.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from emreason.engines.ops import make_ops, rotate
 from emreason.engines.packing import PackedLinear
@@ -46,10 +44,12 @@ class Decoder(Protocol):
 
 
 def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
-    """The fused decoder where the architecture and every layer allow it, otherwise the model's own forward, row by row."""
+    """The fused decoder where the architecture and every layer allow it, otherwise the model's own forward; in eval mode."""
+    from emreason.engines.forward import forward_decoder  # it imports this module
+
     base = base_causal_lm(model)
     prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
-    return FusedDecoder(base, dtype) if can_fuse(base) and not prompted else ForwardDecoder(model)
+    return FusedDecoder(base, dtype) if can_fuse(base) and not prompted else forward_decoder(model)
 
 
 class _Layer:
@@ -178,35 +178,3 @@ class FusedDecoder:
         """Put `length` kept positions from position `at` on into `row`."""
         for cache, part in zip((*self.keys, *self.values), self.kept, strict=True):
             cache[row, :, :length] = part[:, at : at + length]
-
-
-class ForwardDecoder:
-    """Any causal LM through its own forward, one row at a time with a cache of its own: slow, simple, without padding."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.caches: dict[int, DynamicCache] = {}
-        last_only = "logits_to_keep" in inspect.signature(base_causal_lm(model).forward).parameters
-        self.options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
-
-    def reserve(self, rows: int, width: int) -> None:
-        pass
-
-    def _forward(self, row: int, start: int, tokens: Tensor) -> Tensor:
-        if start == 0:
-            self.caches[row] = DynamicCache(config=base_causal_lm(self.model).config)
-        positions = torch.arange(start, start + len(tokens), device=self.device)
-        out = self.model(input_ids=tokens[None], position_ids=positions[None], past_key_values=self.caches[row], **self.options)
-        return out.logits[:, -1]
-
-    def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        for row, start, tokens in jobs:
-            if tokens:
-                self._forward(row, start, torch.tensor(tokens, device=self.device))
-
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        return torch.cat([self._forward(row, length, tokens[row : row + 1]) for row, length in enumerate(lengths)])
-
-    def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
-        self.caches[target] = self.caches.pop(source)
