@@ -136,7 +136,6 @@ def _load_gguf(folder: Path, gguf_file: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def _convert(folder: Path, gguf_file: str, dtype: torch.dtype, cached: Path) -> None:
-    cached.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own per process: two runs may convert at the same time
     partial = cached.with_name(f"{cached.name}.partial-{os.getpid()}")
     try:
@@ -149,13 +148,15 @@ def _convert(folder: Path, gguf_file: str, dtype: torch.dtype, cached: Path) -> 
         raise UserError(f"model: {folder / gguf_file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
     drop_quantization(model)
     try:
+        partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        try:
+        if not cached.exists():  # else another process was first
             partial.rename(cached)
-        except OSError:
-            if not cached.exists():  # else the other process was first
-                raise
+    except Exception as error:
+        if not cached.exists():
+            why = f"the converted copy could not be written to {cached.parent} ({_first_line(error)})"
+            raise UserError(f"model: {why}; make room, or set EMREASON_CACHE=FOLDER.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         del model
