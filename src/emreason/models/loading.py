@@ -143,7 +143,8 @@ def _convert(folder: Path, gguf_file: str, dtype: torch.dtype, cached: Path) -> 
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
         if getattr(model.hf_quantizer, "supported", False) and dtype != torch.float32:
             # of a few families transformers computes the values in `dtype`, which rounds them more than once
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).to(dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+            nn.Module.to(model, dtype)
     except Exception as error:
         raise UserError(f"model: {folder / gguf_file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
     drop_quantization(model)
