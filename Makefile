@@ -3,6 +3,8 @@ PYTHON ?= python3
 DEVICE ?= cpu
 MODEL ?= smollm2_135m
 ONLY ?=
+QUESTIONS ?=
+TIMEOUT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -58,9 +60,9 @@ test: $(STAMP)  ## the whole test suite; a file per process, one thread each
 faults: $(STAMP)  ## plant faults one at a time in a copy of the tree; which of them do the tests notice? (ONLY='name' of tests/faults.py)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/plant.py $(if $(ONLY),'$(ONLY)')
 
-bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; ONLY="growth 'M-step: TRL'")
+bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; MODEL=FILE.gguf or a folder [QUESTIONS=16 TIMEOUT=1800]; ONLY="growth 'M-step: TRL'")
 	$(BIN)/python -m emreason.questions.mirror .data/hub
-	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) --model $(MODEL) $(if $(ONLY),--only $(ONLY))
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) --model '$(MODEL)' $(if $(QUESTIONS),--questions $(QUESTIONS)) $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(if $(ONLY),--only $(ONLY))
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own

@@ -84,8 +84,8 @@ def parts(scale: str, qwen: str | None = None) -> list[Part]:
     return grids
 
 
-def local_model(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Option of the group `model`, and overrides, for a GGUF file, a folder with one, or a checkpoint's folder.
+def local_model(path: Path, asked: str = "QWEN", name: str = "qwen") -> tuple[str, tuple[str, ...]]:
+    """Option of the group `model`, and overrides, for a GGUF file, a folder with one, or a checkpoint's folder; `asked`: what named it.
 
     Raises:
         UserError: it is none of these.
@@ -99,9 +99,9 @@ def local_model(path: Path) -> tuple[str, tuple[str, ...]]:
     else:
         nothing = "is no .gguf file, no folder with one, and no checkpoint (config.json)"
         problem = f"holds {len(files)} .gguf files; name one" if files else nothing
-        raise UserError(f"QWEN={path}: it {problem}.")
+        raise UserError(f"{asked}={path}: it {problem}.")
     quoted = str(found).replace("\\", "\\\\").replace("'", "\\'")
-    return option, ("model.name=qwen", f"model.load.path='{quoted}'")
+    return option, (f"model.name={name}", f"model.load.path='{quoted}'")
 
 
 def show_plan(grids: Sequence[Part], console: Console) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 import hub
 import pytest
 import torch
+from gguf_file import write_gguf
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -22,11 +23,14 @@ from emreason.bench import __main__ as bench
 from emreason.bench import contenders, results
 from emreason.bench.contenders import EXACT, OURS, Contender
 from emreason.bench.peak import matmul_peak
-from emreason.bench.runners import iterate_others
+from emreason.bench.runners import iterate_others, train_ours
+from emreason.bench.work import make_work, of_model
+from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.loading import load_pretrained, weights_fingerprint
+from emreason.models.sizes import gguf_cache
 from emreason.runs import experiment
-from emreason.types import Request, SamplingParams
+from emreason.types import Request, SamplingParams, UserError
 
 
 def printed(tables):
@@ -207,6 +211,40 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert result["growth"]["exponent"] > 0.5
     assert "of limit" in (tmp_path / "table.md").read_text()
     assert patched == (experiment.build, InProcessEngine.generate, torch.Tensor.backward)  # the clock leaves nothing behind
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_may_be_a_file(tmp_path, monkeypatch, lora):
+    """A GGUF's copy in the precision of the work is what all contenders read; of a large model an adapter is trained."""
+    monkeypatch.setenv("EMREASON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EMREASON_DATA_ROOT", str(hub.find_or_build_hub()))
+    monkeypatch.setattr("emreason.bench.work.choose_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("emreason.bench.work.LARGE", 1e3 if lora else 1e9)
+    file = write_gguf(tmp_path / "a b.gguf")
+    work = make_work(tmp_path, str(file), "cpu", questions=16)
+    assert work["model"] == str(gguf_cache(file, "bfloat16"))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [gguf_cache(file, "bfloat16").name]
+    assert [(name, len(prompts), samples) for name, (prompts, samples) in work["shapes"].items()] == [
+        ("1 sample of 16 questions", 16, 1),
+        ("4 samples of 4 questions", 4, 4),
+    ]
+    assert work["steps"] == 2
+    trained = []
+    monkeypatch.setattr(train_ours, "EMModule", lambda model, *more: trained.append(model) or EMModule(model, *more))
+    work["sequences"] = [[prompt[:20], prompt[20:30]] for prompt in work["shapes"]["1 sample of 16 questions"][0]]
+    (row,) = train_ours.main(work)["rows"]
+    assert len(row["losses"]) == 2
+    names = [name for name, p in trained[0].named_parameters() if p.requires_grad]
+    assert all(("lora_" in name) == lora for name in names)
+    rows = [row | {"phase": "M-step", "contender": OURS}]
+    results.finish(rows, 10, 1.0, lora=lora)
+    assert rows[0]["share_of_limit"] == pytest.approx(rows[0]["tokens_per_second"] * 10 * (4 if lora else 6) / 1e9)
+
+
+def test_a_model_that_is_neither_an_option_nor_a_file_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"MODEL=.*no \.gguf file"):
+        of_model(str(tmp_path))
+    assert of_model("smollm2_135m") == ["model=smollm2_135m"]
 
 
 def test_the_random_model_has_the_shape_of_the_real_one():

@@ -34,7 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="emreason.bench", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--envs", type=Path, default=Path(".venvs"), help="where contenders' environments are made")
-    parser.add_argument("--model", default="smollm2_135m", help="a config of the group `model`")
+    parser.add_argument("--model", default="smollm2_135m", help="a config of the group `model`, a GGUF file or a checkpoint's folder")
+    parser.add_argument("--questions", type=int, default=64, help="of the E-step, at least 16; a quarter of them with 4 samples each")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--only", nargs="*", default=[], help="contenders whose `phase: name` holds one of these texts, and ours beside them"
@@ -47,11 +48,12 @@ def main() -> None:
     console = Console(highlight=False, markup=False, width=max(console.width, 150))  # the widest table
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    contenders = chosen(options.only)
+    # the iterations and the growth are of sums that the demo's model can learn
+    contenders = chosen(options.only or (["E-step", "M-step"] if Path(options.model).exists() else []))
     if not contenders:
         parser.error(f"--only {' '.join(options.only)}: no contender has such a phase or name")
     start = time.perf_counter()
-    work = make_work(out, options.model, options.device)
+    work = make_work(out, options.model, options.device, options.questions)
     about = {"device": options.device, "model": options.model, "dtype": work["dtype"], "peak_gflops": matmul_peak(options.device)}
     rows: list[dict[str, Any]] = []
     for number, contender in enumerate(contenders, 1):
@@ -66,7 +68,7 @@ def main() -> None:
             work |= {"sequences": result["sequences"][: work["steps"] * work["batch"]], "lengths": result["lengths"]}
             (out / "work.json").write_text(json.dumps(work), encoding="utf-8")
         rows += rows_of(contender, result, works_of(contender, work))
-        finish(rows, work["parameters"], max(about["peak_gflops"].values()))
+        finish(rows, work["parameters"], max(about["peak_gflops"].values()), lora=work["lora"] is not None)
         bench = {**about, "rows": rows, "growth": growth(rows), "seconds": time.perf_counter() - start}
         write_json(out / "bench.json", bench)  # after each: an interrupted benchmark keeps what it has measured
         write_atomic(out / "table.md", markdown_of(bench))

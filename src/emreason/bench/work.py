@@ -13,11 +13,15 @@ from omegaconf import DictConfig
 
 from emreason.models.loading import choose_dtype, weights_fingerprint
 from emreason.questions.prompts import Prompts
+from emreason.reproduce import local_model
 from emreason.runs.experiment import CONF
 
 MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8
 """Optimizer steps of the M-step's work, and sequences per step."""
+
+LARGE, LORA = 1e9, {"r": 16, "alpha": 32}
+"""Parameters from which a CPU's M-step trains an adapter: full fine-tuning in bfloat16 takes 18 bytes for each."""
 
 ITERATION = "EM to 50 % (STaR, 128 + 100 questions)"
 TARGET, MOST_ITERATIONS = 0.5, 3
@@ -33,31 +37,49 @@ def configured(*overrides: str) -> DictConfig:
         return compose("train", overrides=list(overrides))
 
 
-def make_work(folder: Path, model: str, device: str) -> dict[str, Any]:
-    """Write `folder/work.json` and the model's weights as safetensors; contenders need nothing of emreason to read them.
+def of_model(model: str) -> list[str]:
+    """Overrides for an option of the group `model`, a GGUF file or a checkpoint's folder.
 
-    `shapes`: name -> (prompts as ids, samples per prompt). Two shapes of E-step: 64 ARC-Challenge questions × 1, and 16 × 4.
+    Raises:
+        UserError: the file or folder is no model.
     """
-    cfg = configured(f"model={model}", "dataset=arc_challenge", "dataset.limit.train=512")
+    path = Path(model)
+    if not path.exists():
+        return [f"model={model}"]
+    option, overrides = local_model(path, "MODEL", "local")
+    return [f"model={option}", *overrides]
+
+
+def make_work(folder: Path, model: str, device: str, questions: int = 64) -> dict[str, Any]:
+    """Write `folder/work.json`, and the model where no folder holds it yet; contenders need nothing of emreason to read them.
+
+    `shapes`: name -> (prompts as ids, samples per prompt). Two shapes of E-step: 64 ARC-Challenge `questions` × 1, and 16 × 4.
+    `lora`: arguments of the adapter that the M-step trains, or None.
+    """
+    cfg = configured(*of_model(model), "dataset=arc_challenge", "dataset.limit.train=512")
     dataset = hydra.utils.instantiate(cfg.dataset)
     dtype = choose_dtype("auto", torch.device(device))
-    weights, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=torch.float32)
-    path = folder / f"model-{model}"
+    # a model as small as the demo's in float32: each contender has its own precision of it
+    weights, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=dtype if Path(model).exists() else torch.float32)
+    path = Path(weights.name_or_path or "nowhere")  # a GGUF's copy or a checkpoint is a folder already
     if not (path / "config.json").exists():
+        path = folder / f"model-{model}"
         weights.save_pretrained(path)
         tokenizer.save_pretrained(path)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     room = weights.config.max_position_embeddings - MAX_NEW_TOKENS
-    ids = [ids for question in dataset.questions("train") if len(ids := list(prompts.ids(question))) <= room][:64]
+    ids = [ids for question in dataset.questions("train") if len(ids := list(prompts.ids(question))) <= room][:questions]
+    size = sum(p.numel() for p in weights.parameters())
     work = {
         "model": str(path),
         "fingerprint": weights_fingerprint(weights),
-        "parameters": sum(p.numel() for p in weights.parameters()),
+        "parameters": size,
+        "lora": LORA if device == "cpu" and size >= LARGE else None,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "shapes": {"1 sample of 64 questions": [ids, 1], "4 samples of 16 questions": [ids[:16], 4]},
-        "steps": STEPS,
+        "shapes": {f"1 sample of {len(ids)} questions": [ids, 1], f"4 samples of {len(ids) // 4} questions": [ids[: len(ids) // 4], 4]},
+        "steps": min(STEPS, len(ids) // BATCH),
         "batch": BATCH,
         "iteration": iteration_work(str(path), tokenizer, device),
         "growth": GROWTH,

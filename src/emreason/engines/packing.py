@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emreason.models.masters import dithered
+from emreason.models.memory import let_go
 
 PACK_ROWS = 512
 """Row count that packed weights are laid out for; measured best or equal from 4 rows to 512."""
@@ -66,6 +67,8 @@ class PackedLinear:
         self.packed: Tensor | None = pack(self.weight.contiguous(), PACK_ROWS) if pack else None
         if pack:
             self.weight = self.weight.new_empty(1).expand(self.weight.shape)  # only its shape is read from here on
+            for module in modules:
+                let_go(getattr(module, "base_layer", module).weight)  # until the M-step
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,11 +17,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
+from emreason.models.memory import let_go, release_memory
 from emreason.models.sizes import gguf_cache
 from emreason.progress import doing
 from emreason.types import UserError
 
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+DAY_S, MONTH_S = 86_400, 30 * 86_400
+_COPY = re.compile(r".+-[0-9a-f]{12}(-float32|-bfloat16)?(?P<partial>\.partial-\d+)?")
+"""Names of de-quantised copies: the folder that holds them may hold other things too."""
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -55,6 +62,8 @@ def load_pretrained(
     path: str, dtype: torch.dtype = torch.float32, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> LoadedModel:
     """A causal LM and its tokenizer from a Hub id or a local folder (`gguf_file`: a GGUF inside it).
+
+    Weights that are of `dtype` in the file are not read but mapped, privately: what is written to them stays in this process.
 
     Raises:
         UserError: the model or its tokenizer cannot be loaded, do not belong together, or there is no EOS token.
@@ -116,29 +125,55 @@ def _load_gguf(folder: Path, gguf_file: str, dtype: torch.dtype) -> LoadedModel:
     file = folder / gguf_file
     if not file.is_file():
         raise UserError(f"model: {file} does not exist; give the path of a .gguf file.")
-    cached = gguf_cache(file)
+    cached = gguf_cache(file, str(dtype).removeprefix("torch."))
     if not (cached / "config.json").is_file():
         with doing(f"Converting {gguf_file} once; kept in {cached}"):
-            _convert(folder, gguf_file, cached)
+            _remove_unused(cached.parent)
+            _convert(folder, gguf_file, dtype, cached)
+    with contextlib.suppress(OSError):  # a cache that somebody else owns
+        os.utime(cached)
     return load_pretrained(str(cached), dtype=dtype)
 
 
-def _convert(folder: Path, gguf_file: str, cached: Path) -> None:
-    cached.parent.mkdir(parents=True, exist_ok=True)
+def _convert(folder: Path, gguf_file: str, dtype: torch.dtype, cached: Path) -> None:
     # a name of its own per process: two runs may convert at the same time
     partial = cached.with_name(f"{cached.name}.partial-{os.getpid()}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
+        if getattr(model.hf_quantizer, "supported", False) and dtype != torch.float32:
+            # of a few families transformers computes the values in `dtype`, which rounds them more than once
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+            nn.Module.to(model, dtype)
     except Exception as error:
         raise UserError(f"model: {folder / gguf_file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
     drop_quantization(model)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
     try:
-        partial.rename(cached)
-    except OSError:  # the other process was first
-        shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if not cached.exists():  # else another process was first
+            partial.rename(cached)
+    except Exception as error:
+        if not cached.exists():
+            why = f"the converted copy could not be written to {cached.parent} ({_first_line(error)})"
+            raise UserError(f"model: {why}; make room, or set EMREASON_CACHE=FOLDER.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        del model
+        release_memory()  # what is mapped next takes the place of what was converted
+
+
+def _remove_unused(root: Path) -> None:
+    """Remove the copies that nothing has loaded for a month, and what conversions that were killed have left.
+
+    Copies made before they were kept per precision, which nothing loads any more, go with them.
+    """
+    for folder in root.glob("*"):
+        copy = _COPY.fullmatch(folder.name)
+        with contextlib.suppress(OSError):  # another run removes it too
+            if copy and time.time() - folder.stat().st_mtime > (DAY_S if copy["partial"] else MONTH_S):
+                shutil.rmtree(folder)
 
 
 def drop_quantization(model: PreTrainedModel) -> None:
@@ -188,6 +223,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        let_go(parameter)
     return digest.hexdigest()
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from emreason.types import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+MADV_DONTNEED = 4  # mman.h
+PAGE_STATE, PAGE_OF_A_FILE = 61, 0b101  # pagemap: bits 61 to 63 are of a file, swapped out, present; a page written to is of none
 
 LARGE = 2**23
 """Bytes from which the M-step's tensors are mapped: its logits, the gradients of the embedding."""
@@ -51,6 +62,26 @@ def release_memory() -> None:
         libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def let_go(tensor: Tensor) -> None:
+    """Give back the memory of a weight that is mapped from a file and was not written to: what reads it next maps it again.
+
+    Whether that is so is the kernel's word, page by page, not a guess; everywhere else nothing happens.
+    """
+    page = mmap.PAGESIZE
+    begin, end = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    libc = _glibc() if tensor.device.type == "cpu" and tensor.is_contiguous() and begin < end else None
+    if libc is None:
+        return
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            pagemap.seek(8 * begin)
+            entries = np.frombuffer(pagemap.read(8 * (end - begin)), dtype=np.uint64)
+    except OSError:  # hidden in some containers
+        return
+    if len(entries) == end - begin and np.isin(entries >> PAGE_STATE, (0, PAGE_OF_A_FILE)).all():
+        libc.madvise(ctypes.c_void_p(begin * page), ctypes.c_size_t((end - begin) * page), MADV_DONTNEED)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -39,7 +39,8 @@ def parameters(load: Mapping[str, Any]) -> int | None:
     """How many the weights' files hold, by their headers; None where that cannot be told: a GGUF before it was converted once."""
     files = weight_files(load)
     if len(files) == 1 and files[0].suffix == ".gguf":
-        files = sorted(gguf_cache(files[0]).glob("*.safetensors"))
+        copies = [sorted(gguf_cache(files[0], dtype).glob("*.safetensors")) for dtype in ("bfloat16", "float32")]
+        files = next(filter(None, copies), [])
     try:
         return sum(map(_header_parameters, files)) or None
     except (OSError, ValueError, KeyError):
@@ -69,9 +70,13 @@ def describe(name: str, load: Mapping[str, Any]) -> str:
     return f"{name} ({where}{f', {count / 1e6:.0f} million parameters' if count else ''})"
 
 
-def gguf_cache(file: Path) -> Path:
-    """Where the de-quantised copy of a GGUF lives: reading a GGUF takes ~20 s, the copy 1 s."""
-    root = Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")
+def gguf_cache(file: Path, dtype: str) -> Path:
+    """Where the copy of a GGUF de-quantised to `dtype` lives: reading a GGUF takes 45 s for 1.5B parameters, mapping the copy one."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    return root / f"{file.stem}-{key}"
+    return cache_root() / f"{file.stem}-{key}-{dtype}"
+
+
+def cache_root() -> Path:
+    """The folder of all copies."""
+    return Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")

@@ -16,7 +16,7 @@ from emreason.em.datamodule import RationaleDataModule
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
 from emreason.models.batches import Example, Step, bucket, collate
-from emreason.models.loading import load_pretrained
+from emreason.models.loading import add_lora, load_pretrained
 from emreason.models.memory import keep_freed_memory, map_large_blocks
 
 
@@ -42,7 +42,10 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     map_large_blocks()
     dtype = getattr(torch, work["dtype"])
+    model: Any
     model, tokenizer = load_pretrained(work["model"], dtype=dtype)
+    if work.get("lora"):
+        model = add_lora(model, **work["lora"])
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0, fused=True)
     module = EMModule(model, tokenizer, None, None, optimizer, MStep())  # type: ignore[arg-type]  # neither samples nor evaluates
     examples = [Example(str(i), tuple(p), tuple(c)) for i, (p, c) in enumerate(work["sequences"])]

@@ -58,7 +58,15 @@ def main(work: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         clock = Clock()
         model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(work["model"])
-        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        adapter: dict[str, Any] = {}
+        if lora := work["lora"]:
+            from peft import LoraConfig
+
+            wrapped = LoraConfig(
+                r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            adapter = {"peft_config": wrapped}
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock], **adapter)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     timed = sequences[work["batch"] :]
