@@ -37,6 +37,12 @@ static inline float exponential(float x) {
     return p;
 }
 
+/* 1 / (1 + e^-x) */
+static inline float sigmoid(float x) {
+    float e = exponential(-fabsf(x));
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
+}
+
 /* x [rows, d] += y [rows, d] (y may be null); out = x / sqrt(mean(x^2) + eps) * weight [d] */
 void add_norm(T *restrict x, const T *restrict y, const T *restrict weight, T *restrict out, int64_t rows, int64_t d, float eps) {
 #pragma omp parallel for if (rows * d > 8192)
@@ -64,9 +70,29 @@ void silu_mul(const T *restrict gate_up, T *restrict out, int64_t rows, int64_t 
         T *o = out + r * d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) {
-            float x = load(g[i]), e = exponential(-fabsf(x)), s = (x >= 0 ? 1.0f : e) / (1.0f + e);
-            o[i] = store(load(store(x * s)) * load(u[i]));
+            float x = load(g[i]);
+            o[i] = store(load(store(x * sigmoid(x))) * load(u[i]));
         }
+    }
+}
+
+/* out [n] = silu(gate) * up */
+void gate(const T *restrict gate, const T *restrict up, T *restrict out, int64_t n) {
+#pragma omp parallel for simd if (n > 8192)
+    for (int64_t i = 0; i < n; i++) {
+        float x = load(gate[i]);
+        out[i] = store(x * sigmoid(x) * load(up[i]));
+    }
+}
+
+/* the gradients of gate and up [n], from that of silu(gate) * up */
+void gate_backward(
+    const T *restrict gate, const T *restrict up, const T *restrict gradient, T *restrict of_gate, T *restrict of_up, int64_t n) {
+#pragma omp parallel for simd if (n > 8192)
+    for (int64_t i = 0; i < n; i++) {
+        float x = load(gate[i]), g = load(gradient[i]), s = sigmoid(x);
+        of_up[i] = store(g * x * s);
+        of_gate[i] = store(g * load(up[i]) * s * (1.0f + x * (1.0f - s)));
     }
 }
 

@@ -6,8 +6,8 @@ the modules of the model itself are called, so adapters, dropout and autograd wo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emreason.models.families import can_fuse
+from emreason.models.products import product
 
 
 def can_pack_rows(causal_lm: Any) -> bool:
@@ -25,54 +26,96 @@ def can_pack_rows(causal_lm: Any) -> bool:
     )
 
 
-def packed_states(causal_lm: Any, input_ids: Tensor, completion_mask: Tensor, shared: int) -> Tensor:
+@dataclass(frozen=True)
+class Segment:
+    """Positions `begin` to `end` of `row` and of all rows that begin like it, behind those of the segments `before`, in their order."""
+
+    row: int
+    begin: int
+    end: int
+    before: tuple[int, ...]
+
+
+def prefix_tree(rows: Sequence[Sequence[int]], least: int) -> tuple[list[Segment], list[tuple[int, ...]]]:
+    """What rows of tokens begin with alike (an instruction, a question, words of its rationales), each piece of `least` tokens or more once.
+
+    Returns:
+        the segments, a segment behind those `before` it; and each row's segments, which together hold its tokens.
+    """
+    segments: list[Segment] = []
+    paths: list[tuple[int, ...]] = [()] * len(rows)
+
+    def grow(members: list[int], begin: int, before: tuple[int, ...]) -> None:
+        first, alone = rows[members[0]], len(members) == 1
+        end = min(len(rows[m]) for m in members)
+        if not alone:
+            end = next((i for i in range(begin, end) if any(rows[m][i] != first[i] for m in members)), end)
+        if end - begin >= (1 if alone else least):
+            segments.append(Segment(members[0], begin, end, before))
+            before, begin = (*before, len(segments) - 1), end
+        if alone:
+            paths[members[0]] = before
+            return
+        parts: dict[int, list[int]] = {}
+        for m in members:
+            parts.setdefault(rows[m][end] if end < len(rows[m]) else -1 - m, []).append(m)
+        for part in parts.values():
+            grow(part, begin, before)
+
+    if rows:
+        grow(list(range(len(rows))), 0, ())
+    return segments, paths
+
+
+def packed_states(causal_lm: Any, input_ids: Tensor, completion_mask: Tensor, least: int) -> Tensor:
     """Hidden states [marked tokens, hidden], row by row, each of the position before a token that `completion_mask` marks; differentiable.
 
     Args:
         input_ids: [rows, length] int64; what follows a row's last marked token is not looked at.
-        completion_mask: [rows, length] bool; no row's first `shared + 1` columns are marked.
-        shared: leading positions that hold the same tokens in all rows; they pass the layers once.
+        completion_mask: [rows, length] bool; the first column is not marked.
+        least: tokens that rows must share from their beginning, or behind what they share already, to pass the layers once.
     """
     # a row's last token predicts nothing
     last = (completion_mask * torch.arange(completion_mask.shape[1])).amax(1).tolist()
-    ids, positions, own = [input_ids[0, :shared]], [torch.arange(shared)], []
-    begin = shared
-    for row, end in enumerate(last):
-        if end > shared:
-            ids.append(input_ids[row, shared:end])
-            positions.append(torch.arange(shared, end))
-            own.append((begin, begin + end - shared))
-            begin += end - shared
+    segments, paths = prefix_tree([row[:end] for row, end in zip(input_ids.tolist(), last, strict=True)], least)
+    sizes = [s.end - s.begin for s in segments]
+    places = torch.arange(sum(sizes)).split(sizes)
+    rows = [torch.cat([places[i] for i in path])[completion_mask[r, 1 : last[r] + 1]] for r, path in enumerate(paths) if path]
+    picked = torch.cat(rows)
     decoder = causal_lm.model
-    embedded = decoder.embed_tokens(torch.cat(ids))
+    embedded = decoder.embed_tokens(torch.cat([input_ids[s.row, s.begin : s.end] for s in segments]))
     x, dtype = embedded.float(), embedded.dtype  # the residual stream stays float32, as under autocast: it sums up 60 contributions
-    cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], torch.cat(positions)[None]))
-    masks = [_mask(shared, end - begin) for begin, end in own]
-    sizes = [shared, *(end - begin for begin, end in own)]
+    positions = torch.cat([torch.arange(s.begin, s.end) for s in segments])
+    cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], positions[None]))
+    masks = [_mask(s.begin, s.end - s.begin) for s in segments]
     again = causal_lm.is_gradient_checkpointing and torch.is_grad_enabled()
     for layer in decoder.layers:
-        arguments = (layer, x, dtype, cos, sin, sizes, masks)
+        # behind the last layer's attention nothing else is looked at
+        arguments = (layer, x, dtype, cos, sin, segments, masks, picked if layer is decoder.layers[-1] else None)
         x = checkpoint(_layer, *arguments, use_reentrant=False) if again else _layer(*arguments)
-    picked = torch.cat([completion_mask[row, shared + 1 : end + 1] for row, end in enumerate(last) if end > shared])
-    return _norm(decoder.norm, x[shared:][picked], dtype)
+    return _norm(decoder.norm, x, dtype)
 
 
-def _layer(layer: Any, x: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, sizes: list[int], masks: Sequence[Tensor | None]) -> Tensor:
-    """One transformer layer on x [tokens, hidden] float32; its products are of `dtype`."""
+def _layer(
+    layer: Any,
+    x: Tensor,
+    dtype: torch.dtype,
+    cos: Tensor,
+    sin: Tensor,
+    segments: Sequence[Segment],
+    masks: Sequence[Tensor | None],
+    picked: Tensor | None,
+) -> Tensor:
+    """One transformer layer on x [tokens, hidden] float32, of which the `picked` tokens are wanted; its products are of `dtype`."""
     attention, mlp = layer.self_attn, layer.mlp
     h = _norm(layer.input_layernorm, x, dtype)
-    q, k, v = (p(h).view(len(x), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    attended = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, sizes, masks, attention.scaling)
-    x = x + attention.o_proj(attended.to(dtype))
+    q, k, v = (product(p, h).view(len(x), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    attended = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, segments, masks, attention.scaling)
+    if picked is not None:
+        x, attended = x.index_select(0, picked), attended.index_select(0, picked)
+    x = x + product(attention.o_proj, attended.to(dtype))
     h = _norm(layer.post_attention_layernorm, x, dtype)
-    # what goes into `down` is a tenth of all that a layer would keep for its backward pass; made again there, from gate and up
-    down = functools.partial(checkpoint, _down, use_reentrant=False) if torch.is_grad_enabled() else _down
-    return x + down(mlp, mlp.gate_proj(h), mlp.up_proj(h))
-
-
-def _down(mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
-    product: Tensor = mlp.down_proj(F.silu(gate) * up)
-    return product
+    return x + product(mlp.down_proj, product(mlp.gate_proj, h), product(mlp.up_proj, h))
 
 
 def _norm(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,22 +148,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def _mask(shared: int, n: int) -> Tensor | None:
-    """What is added to the scores [n, shared + n] of a sequence behind the shared prefix; None: plainly causal."""
-    if not shared:
+def _mask(before: int, n: int) -> Tensor | None:
+    """What is added to the scores [n, before + n] of a segment behind `before` positions; None: plainly causal."""
+    if not before:
         return None
-    return torch.zeros(n, shared + n).masked_fill_(torch.ones(n, shared + n, dtype=torch.bool).triu_(shared + 1), -torch.inf)
+    return torch.zeros(n, before + n).masked_fill_(torch.ones(n, before + n, dtype=torch.bool).triu_(before + 1), -torch.inf)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], masks: Sequence[Tensor | None], scale: float) -> Tensor:
-    """Causal attention [tokens, heads * D] float32 of the prefix, `sizes[0]` tokens, and of each sequence to it and to itself."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], masks: Sequence[Tensor | None], scale: float) -> Tensor:
+    """Causal attention [tokens, heads * D] float32 of each segment to those before it and to itself."""
     # in float32: half the time of bfloat16 in the backward pass here. One split: a slice's gradient would be as large as all of q
     q, k, v = (t.float().transpose(0, 1)[None] for t in (q, k, v))
-    (q0, k0, v0), *rest = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
-    attention = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
-    parts = [attention(q0, k0, v0, is_causal=True)] if sizes[0] else []
-    for (query, keys, values), mask in zip(rest, masks, strict=True):
-        if mask is not None:
-            keys, values = torch.cat((k0, keys), dim=2), torch.cat((v0, values), dim=2)
-        parts.append(attention(query, keys, values, attn_mask=mask, is_causal=mask is None))
+    sizes = [s.end - s.begin for s in segments]
+    queries, keys, values = (t.split(sizes, dim=2) for t in (q, k, v))
+    parts = []
+    for i, (segment, mask) in enumerate(zip(segments, masks, strict=True)):
+        behind = (*segment.before, i)
+        key, value = ((t[i] if mask is None else torch.cat([t[j] for j in behind], dim=2)) for t in (keys, values))
+        parts.append(
+            F.scaled_dot_product_attention(queries[i], key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        )
     return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1)

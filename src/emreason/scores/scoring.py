@@ -27,7 +27,7 @@ FORCED_TOKENS = 8
 """Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few to reason on. A choice's text adds its own."""
 
 MIN_SHARED = 8
-"""Shortest common prefix of a batch that is worth a forward of its own."""
+"""Shortest common prefix that is worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
-    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with (system prompt, instruction, a
-    shared question) is computed once.
+    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with is computed once; where rows are
+    packed, what any of them share (system prompt, instruction, a question).
 
     Args:
         input_ids: [rows, length] int64, right-padded.
@@ -169,11 +169,9 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     causal_lm = base_causal_lm(model)
     decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     shared = shared_prefix(input_ids, completion_mask)
-    if shared < MIN_SHARED:
-        shared = 0
     if can_pack_rows(causal_lm):
-        states = packed_states(causal_lm, input_ids, completion_mask, shared)
-    elif not shared or causal_lm.is_gradient_checkpointing:
+        states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
+    elif shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V

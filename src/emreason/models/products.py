@@ -1,0 +1,114 @@
+"""A training step's matrix products with what belongs to each in one function: its LoRA branch, the gated activation it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emreason.models.kernels import library
+from emreason.models.masters import dithered
+
+
+def product(module: Any, x: Tensor, up: Tensor | None = None) -> Tensor:
+    """`module`, a linear layer with or without adapters, of x [tokens, in], or of silu(x) * up; differentiable.
+
+    What silu(x) * up gives is a tenth of all that a layer would keep for its backward pass: it is made again there.
+    """
+    adapter = _adapter(module)
+    if adapter is not None:
+        base = module.get_base_layer()
+        weights = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+        return _Product.apply(x, up, base.weight, base.bias, *weights, module.scaling[adapter])  # type: ignore[no-any-return]
+    if type(module) is nn.Linear:
+        return _Product.apply(x, up, module.weight, module.bias, None, None, 1.0)  # type: ignore[no-any-return]
+    if up is None:
+        return module(x)  # type: ignore[no-any-return]
+    return checkpoint(lambda x, up: module(_gated(x, up)), x, up, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _adapter(module: Any) -> str | None:
+    """The one active adapter of a frozen layer, if `_Product` does what peft does with it."""
+    if not hasattr(module, "lora_A") or module.merged or module.disable_adapters or module.get_base_layer().weight.requires_grad:
+        return None
+    active = [a for a in module.active_adapters if a in module.lora_A]
+    if len(active) != 1 or (module.training and not isinstance(module.lora_dropout[active[0]], nn.Identity)):
+        return None
+    return active[0]
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + bias + scale · x Aᵀ Bᵀ, where x may be given as gate and up; in the precision of x.
+
+    The branch is added to the product's float32 sum, which is rounded once: peft adds it to activations that are rounded already, where an
+    update below half a grid step is lost. A and B stay float32, the optimizer's masters; the factors here are their dithered roundings.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.scale, low_a, low_b, inner = scale, None, None, None
+        inputs = x if up is None else _gated(x, up)
+        if a is None or b is None:
+            y = F.linear(inputs, weight, bias)
+        else:
+            low_a, low_b = _as(x.dtype, a), _as(x.dtype, b * scale)
+            inner = inputs @ low_a.T
+            y = torch.addmm(inner @ low_b.T, inputs, weight.T)
+            if bias is not None:
+                y += bias
+        ctx.save_for_backward(x, up, weight, low_a, low_b, inner)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, up, weight, a, b, inner = ctx.saved_tensors
+        (g,) = gradients
+        of_x, of_up, of_weight, of_bias, of_a, of_b = [None] * 6
+        through = None if b is None else g @ b
+        if ctx.needs_input_grad[0]:
+            of_x = g @ weight if through is None else torch.addmm(through @ a, g, weight)
+        if ctx.needs_input_grad[2] or b is not None:
+            inputs = x if up is None else _gated(x, up)
+            if ctx.needs_input_grad[2]:
+                of_weight = g.T @ inputs
+            if b is not None:
+                of_a, of_b = through.T @ inputs, (inner.T @ g).T.float().mul_(ctx.scale)
+        if ctx.needs_input_grad[3]:
+            of_bias = g.sum(0)
+        if up is not None and of_x is not None:
+            of_x, of_up = _gated_backward(x, up, of_x)
+        return of_x, of_up, of_weight, of_bias, None if of_a is None else of_a.float(), of_b, None
+
+
+def _as(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return dithered(weight) if dtype == torch.bfloat16 else weight.to(dtype)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    functions = _functions(gate, up)
+    if functions is None:
+        return F.silu(gate) * up
+    out = torch.empty_like(gate)
+    functions.gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    return out
+
+
+def _gated_backward(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and of up, from that of silu(gate) * up."""
+    functions = _functions(gate, up, gradient)
+    if functions is None:
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate)
+    tensors = (gate, up, gradient, of_gate, of_up)
+    functions.gate_backward(*(t.data_ptr() for t in tensors), gate.numel())
+    return of_gate, of_up
+
+
+def _functions(*tensors: Tensor) -> Any:
+    return library(tensors[0].dtype) if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) else None
