@@ -96,6 +96,24 @@ void gate_backward(
     }
 }
 
+/* logits [rows, d] become the derivative of the targets' log-probabilities, which are written to out [rows], under softmax(logits * by) */
+void target_logprobs(T *restrict logits, const int64_t *restrict targets, float *restrict out, int64_t rows, int64_t d, float by) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        T *x = logits + r * d;
+        float top = -INFINITY, sum = 0, hit = load(x[targets[r]]);
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < d; i++) { float v = load(x[i]); top = v > top ? v : top; }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d; i++) sum += exponential((load(x[i]) - top) * by);
+        out[r] = (hit - top) * by - logf(sum);
+        float weight = by / sum, own = exponential((hit - top) * by);
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) x[i] = store(-weight * exponential((load(x[i]) - top) * by));
+        x[targets[r]] = store(by - weight * own);
+    }
+}
+
 static inline void rotate(const T *x, const T *cos, const T *sin, float *out, int D) {
     int half = D / 2;
 #pragma omp simd

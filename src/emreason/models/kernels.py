@@ -23,6 +23,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "silu_mul": [c_void_p] * 2 + [c_int64] * 2,
     "gate": [c_void_p] * 3 + [c_int64],
     "gate_backward": [c_void_p] * 5 + [c_int64],
+    "target_logprobs": [c_void_p] * 3 + [c_int64] * 2 + [c_float],
     "attend": [c_void_p] * 8 + [c_int64] * 6 + [c_float],
     "publish": [c_void_p] * 2 + [c_int64, c_uint32],
 }

@@ -85,6 +85,75 @@ class _Product(torch.autograd.Function):
         return of_x, of_up, of_weight, of_bias, None if of_a is None else of_a.float(), of_b, None
 
 
+class _Head(torch.autograd.Function):
+    """log softmax(x Wᵀ / temperature) [tokens] float32 of one target each, `chunk` tokens' logits at a time.
+
+    The gradient of a token's state is known but for a factor as soon as its logits are: with a frozen W they need not be made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
+        ctx.chunk, ctx.temperature = chunk, temperature
+        logprobs, of_x, of_logits = torch.empty(len(x), device=x.device), None, None
+        if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]:
+            of_x = torch.empty_like(x)
+        for begin in range(0, len(x), chunk):
+            part = slice(begin, begin + chunk)
+            of_logits = F.linear(x[part], weight)
+            logprobs[part] = _target_logprobs(of_logits, targets[part], temperature)
+            if of_x is not None:
+                torch.mm(of_logits, weight, out=of_x[part])
+        if of_x is not None:
+            ctx.save_for_backward(of_x)
+        elif any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, weight, targets, of_logits if len(x) <= chunk else None)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        g = gradients[0][:, None]
+        if not ctx.needs_input_grad[1]:
+            return (ctx.saved_tensors[0] * g).to(ctx.saved_tensors[0].dtype), None, None, None, None
+        x, weight, targets, kept = ctx.saved_tensors
+        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for begin in range(0, len(x), ctx.chunk):
+            part = slice(begin, begin + ctx.chunk)
+            of_logits = kept
+            if kept is None:
+                of_logits = F.linear(x[part], weight)
+                _target_logprobs(of_logits, targets[part], ctx.temperature)
+            of_logits = of_logits * g[part].to(x.dtype)
+            torch.mm(of_logits, weight, out=of_x[part])
+            of_weight.addmm_(of_logits.T, x[part])
+        return of_x, of_weight, None, None, None
+
+
+def head_logprobs(head: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
+    """log softmax(head(x) / temperature) [tokens] float32 of the `targets` [tokens], `chunk` tokens at a time; differentiable."""
+    if type(head) is nn.Linear and head.bias is None:
+        return _Head.apply(x, head.weight, targets, chunk, temperature)  # type: ignore[no-any-return]
+
+    def logprobs(x: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(head(x).float() / temperature, targets, reduction="none")
+
+    parts = zip(x.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False) if torch.is_grad_enabled() else logprobs(*part) for part in parts])
+
+
+def _target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) [tokens] float32 of the targets; their derivative is left in `logits` [tokens, vocabulary]."""
+    functions = _functions(logits, targets)
+    if functions is not None:
+        out = torch.empty(len(logits))
+        functions.target_logprobs(logits.data_ptr(), targets.data_ptr(), out.data_ptr(), *logits.shape, 1 / temperature)
+        return out
+    every = F.log_softmax(logits.float() / temperature, -1)
+    out = every.gather(1, targets[:, None])[:, 0]
+    every.exp_().neg_().scatter_add_(1, targets[:, None], every.new_ones(len(targets), 1))
+    logits.copy_(every.div_(temperature))
+    return out
+
+
 def _as(dtype: torch.dtype, weight: Tensor) -> Tensor:
     return dithered(weight) if dtype == torch.bfloat16 else weight.to(dtype)
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
 from emreason.models.packed import can_pack_rows, packed_states
+from emreason.models.products import head_logprobs
 from emreason.progress import Bar
 from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
@@ -181,17 +180,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
-
-    def logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float()
-        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
-
-    if len(targets) <= chunk:
-        return logprobs(states, targets)
-    parts = []
-    for s, t in zip(states.split(chunk), targets.split(chunk), strict=True):
-        parts.append(checkpoint(logprobs, s, t, use_reentrant=False) if torch.is_grad_enabled() else logprobs(s, t))
-    return torch.cat(parts)
+    return head_logprobs(head, states, targets, chunk, temperature)
 
 
 def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
