@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from emreason.models.families import base_causal_lm
+from emreason.models.families import base_causal_lm, final_logits
 from emreason.models.packed import can_pack_rows, packed_states
 from emreason.progress import Bar
 from emreason.questions.answers import correct, extract, stop_at_answer
@@ -185,7 +185,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
 
     def logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float()
+        logits = final_logits(causal_lm.config, head(states)).float()
         return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
     if len(targets) <= chunk:
