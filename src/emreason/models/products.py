@@ -9,25 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from emreason.models.families import final_logits
 from emreason.models.kernels import library
 from emreason.models.masters import dithered
 
 
-def product(module: Any, x: Tensor, up: Tensor | None = None) -> Tensor:
-    """`module`, a linear layer with or without adapters, of x [tokens, in], or of silu(x) * up; differentiable.
+def product(module: Any, x: Tensor, up: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`module`, a linear layer with or without adapters, of x [tokens, in], or of silu(x) * up or gelu(x) * up; differentiable.
 
-    What silu(x) * up gives is a tenth of all that a layer would keep for its backward pass: it is made again there.
+    What the gate lets through is a tenth of all that a layer would keep for its backward pass: it is made again there.
     """
     adapter = _adapter(module)
     if adapter is not None:
         base = module.get_base_layer()
         weights = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-        return _Product.apply(x, up, base.weight, base.bias, *weights, module.scaling[adapter])  # type: ignore[no-any-return]
+        return _Product.apply(x, up, base.weight, base.bias, *weights, module.scaling[adapter], gelu)
     if type(module) is nn.Linear:
-        return _Product.apply(x, up, module.weight, module.bias, None, None, 1.0)  # type: ignore[no-any-return]
+        return _Product.apply(x, up, module.weight, module.bias, None, None, 1.0, gelu)
     if up is None:
-        return module(x)  # type: ignore[no-any-return]
-    return checkpoint(lambda x, up: module(_gated(x, up)), x, up, use_reentrant=False)  # type: ignore[no-any-return]
+        return module(x)
+    return checkpoint(lambda x, up: module(_gated(x, up, gelu)), x, up, use_reentrant=False)
 
 
 def _adapter(module: Any) -> str | None:
@@ -49,10 +50,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        up: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        gelu: bool,
     ) -> Tensor:
-        ctx.scale, low_a, low_b, inner = scale, None, None, None
-        inputs = x if up is None else _gated(x, up)
+        ctx.scale, ctx.gelu = scale, gelu
+        low_a = low_b = inner = None
+        inputs = x if up is None else _gated(x, up, gelu)
         if a is None or b is None:
             y = F.linear(inputs, weight, bias)
         else:
@@ -73,16 +83,16 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = g @ weight if through is None else torch.addmm(through @ a, g, weight)
         if ctx.needs_input_grad[2] or b is not None:
-            inputs = x if up is None else _gated(x, up)
+            inputs = x if up is None else _gated(x, up, ctx.gelu)
             if ctx.needs_input_grad[2]:
                 of_weight = g.T @ inputs
-            if b is not None:
+            if through is not None:
                 of_a, of_b = through.T @ inputs, (inner.T @ g).T.float().mul_(ctx.scale)
         if ctx.needs_input_grad[3]:
             of_bias = g.sum(0)
         if up is not None and of_x is not None:
-            of_x, of_up = _gated_backward(x, up, of_x)
-        return of_x, of_up, of_weight, of_bias, None if of_a is None else of_a.float(), of_b, None
+            of_x, of_up = _gated_backward(x, up, of_x, ctx.gelu)
+        return of_x, of_up, of_weight, of_bias, None if of_a is None else of_a.float(), of_b, None, None
 
 
 class _Head(torch.autograd.Function):
@@ -128,13 +138,15 @@ class _Head(torch.autograd.Function):
         return of_x, of_weight, None, None, None
 
 
-def head_logprobs(head: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
-    """log softmax(head(x) / temperature) [tokens] float32 of the `targets` [tokens], `chunk` tokens at a time; differentiable."""
-    if type(head) is nn.Linear and head.bias is None:
-        return _Head.apply(x, head.weight, targets, chunk, temperature)  # type: ignore[no-any-return]
+def head_logprobs(causal_lm: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) [tokens] float32 of the `targets` [tokens], `chunk` states x at a time; differentiable."""
+    head, config = causal_lm.get_output_embeddings(), causal_lm.config
+    if type(head) is nn.Linear and head.bias is None and getattr(config, "final_logit_softcapping", None) is None:
+        temperature *= getattr(config, "logits_scaling", None) or 1.0
+        return _Head.apply(x, head.weight, targets, chunk, temperature)
 
     def logprobs(x: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head(x).float() / temperature, targets, reduction="none")
+        return -F.cross_entropy(final_logits(config, head(x)).float() / temperature, targets, reduction="none")
 
     parts = zip(x.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(logprobs, *part, use_reentrant=False) if torch.is_grad_enabled() else logprobs(*part) for part in parts])
@@ -158,25 +170,28 @@ def _as(dtype: torch.dtype, weight: Tensor) -> Tensor:
     return dithered(weight) if dtype == torch.bfloat16 else weight.to(dtype)
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+def _gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """silu(gate) * up, or gelu(gate) * up by tanh's approximation."""
     functions = _functions(gate, up)
     if functions is None:
-        return F.silu(gate) * up
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
     out = torch.empty_like(gate)
-    functions.gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    functions.gated(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), gelu)
     return out
 
 
-def _gated_backward(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and of up, from that of silu(gate) * up."""
+def _gated_backward(gate: Tensor, up: Tensor, gradient: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and of up from that of `_gated`, which may be overwritten."""
     functions = _functions(gate, up, gradient)
     if functions is None:
-        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
-    of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate)
-    tensors = (gate, up, gradient, of_gate, of_up)
-    functions.gate_backward(*(t.data_ptr() for t in tensors), gate.numel())
-    return of_gate, of_up
+        aten = torch.ops.aten
+        inner = gradient * up
+        of_gate = aten.gelu_backward(inner, gate, approximate="tanh") if gelu else aten.silu_backward(inner, gate)
+        return of_gate, gradient * (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate))
+    of_gate = torch.empty_like(gate)
+    tensors = (gate, up, gradient, of_gate, gradient)
+    functions.gated_backward(*(t.data_ptr() for t in tensors), gate.numel(), gelu)
+    return of_gate, gradient
 
 
 def _functions(*tensors: Tensor) -> Any:

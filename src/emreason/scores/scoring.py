@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -166,7 +165,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         [number of marked tokens] float32, row by row.
     """
     causal_lm = base_causal_lm(model)
-    decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    decoder = causal_lm.base_model
     shared = shared_prefix(input_ids, completion_mask)
     if can_pack_rows(causal_lm):
         states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
@@ -180,7 +179,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
-    return head_logprobs(head, states, targets, chunk, temperature)
+    return head_logprobs(causal_lm, states, targets, chunk, temperature)
 
 
 def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
