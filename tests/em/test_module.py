@@ -229,6 +229,9 @@ def test_neither_packing_nor_a_shared_prefix_changes_log_probabilities_or_gradie
         for parameter in module.trainable():  # B starts at zero
             torch.nn.init.normal_(parameter, std=0.1)
     rows = examples(module)
+    rows += [
+        Example(r.question_id, r.prompt_ids, r.completion_ids[:2] + other.completion_ids) for r, other in zip(rows, rows[1:], strict=False)
+    ]
     batch = collate(rows, [1.0] * len(rows), module.tokenizer.pad_token_id)
     shared = scoring.shared_prefix(batch.input_ids, batch.completion_mask)
     assert 4 < shared < min(len(row.prompt_ids) for row in rows)

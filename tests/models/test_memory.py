@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emreason import train
-from emreason.engines.decoder import FusedDecoder
+from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.tiny import load_tiny
 from emreason.types import Request, SamplingParams, UserError
@@ -54,6 +54,7 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(monkeypatch, caplog, 
 
 def test_out_of_memory_with_one_row_names_what_to_change(monkeypatch) -> None:
     model, tokenizer = load_tiny("llama", seed=0)
+    make_decoder(model)  # which has checked itself then
     too_full(FusedDecoder, monkeypatch, 0)
     with pytest.raises(UserError, match=r"engine\.dtype=bfloat16.*sampler\.max_new_tokens"):
         list(InProcessEngine(model, tokenizer).generate(deque([Request(0, (5, 6), SamplingParams())])))
@@ -61,6 +62,7 @@ def test_out_of_memory_with_one_row_names_what_to_change(monkeypatch) -> None:
 
 def test_other_errors_of_a_decoder_are_not_taken_for_a_lack_of_memory(monkeypatch) -> None:
     model, tokenizer = load_tiny("llama", seed=0)
+    make_decoder(model)
     monkeypatch.setattr(FusedDecoder, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(InProcessEngine(model, tokenizer).generate(deque([Request(0, (5, 6), SamplingParams())])))

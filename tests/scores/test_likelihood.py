@@ -28,7 +28,7 @@ def test_the_scoring_pass_agrees_with_the_engine(family, temperature, prompts):
     lm, tokenizer = load_tiny(family)
     lm.train()
     modes: list[bool] = []
-    lm.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    lm.model.embed_tokens.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     params = SamplingParams(temperature=temperature, max_new_tokens=32)
     requests = deque(Request(q.id, prompts.ids(q), params, seed=i) for i, q in enumerate(numbers(12)))
     drawn = list(InProcessEngine(lm, tokenizer, max_batch=5).generate(requests))

@@ -1,4 +1,4 @@
-"""One decoding step over a preallocated K/V cache, fused for Llama and Qwen2; `forward.py` has that of any other causal LM.
+"""One decoding step over a preallocated K/V cache, fused for the usual families; `forward.py` has that of any other causal LM.
 
 A decoder holds up to `rows` sequences. Row r has `length[r]` cached positions; the caller keeps the lengths. Rows 0 … B-1 are live, so
 every tensor of a step is a contiguous slice and nothing is gathered.
@@ -6,17 +6,16 @@ every tensor of a step is a contiguous slice and nothing is gathered.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emreason.engines.ops import make_ops, rotate
+from emreason.engines.ops import make_ops
 from emreason.engines.packing import PackedLinear
-from emreason.models.families import base_causal_lm, can_fuse, linears
+from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
+from emreason.models.packed import attention, rotate
 
 PREFILL_TOKENS = 512
 """Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""
@@ -44,42 +43,51 @@ class Decoder(Protocol):
 
 
 def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
-    """The fused decoder where the architecture and every layer allow it, otherwise the model's own forward; in eval mode."""
+    """The fused decoder where it computes what this model's own forward does, otherwise that forward; in eval mode."""
     from emreason.engines.forward import forward_decoder  # it imports this module
 
     base = base_causal_lm(model)
     prompted = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
-    return FusedDecoder(base, dtype) if can_fuse(base) and not prompted else forward_decoder(model)
+    facts = None if prompted else read_facts(base)
+    return FusedDecoder(base, facts, dtype) if facts and agrees(base, _logits) else forward_decoder(model)
+
+
+def _logits(base: Any, facts: Facts, ids: list[int]) -> Tensor:
+    """For `agrees`: two tokens at once, then one by one."""
+    decoder = FusedDecoder(base, facts)
+    decoder.prefill([(0, 0, ids[:2])])
+    return torch.cat([decoder.decode(torch.tensor(ids[i : i + 1], device=base.device), [i]) for i in range(2, len(ids))])
 
 
 class _Layer:
     """The packed weights of one transformer layer."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype):
-        q, k, v, o, gate, up, down = linears(layer)
-        self.qkv, self.o = PackedLinear([q, k, v], dtype), PackedLinear([o], dtype)
-        self.gate_up, self.down = PackedLinear([gate, up], dtype), PackedLinear([down], dtype)
-        self.norm2 = layer.post_attention_layernorm.weight.to(dtype)
+    def __init__(self, layer: Layer, dtype: torch.dtype):
+        self.qkv, self.o = PackedLinear(layer.qkv, dtype), PackedLinear([layer.o], dtype)
+        self.gate_up, self.down = PackedLinear(layer.gate_up, dtype), PackedLinear([layer.down], dtype)
+        self.window, self.rotary = layer.window, layer.rotary
+        norms = (layer.q_norm, layer.k_norm, layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp)
+        self.q_norm, self.k_norm, self.before, self.after_attention, self.before_mlp, self.after_mlp = (_weight(n, dtype) for n in norms)
+
+
+def _weight(norm: Any | None, dtype: torch.dtype) -> Tensor | None:
+    return None if norm is None else norm.weight.to(dtype)
 
 
 class FusedDecoder:
-    """Llama and Qwen2 with fused QKV and gate-up, an in-place cache and grouped-query attention over the live length.
+    """Any model that `facts` describe, with fused QKV and gate-up, an in-place cache and grouped-query attention over the live length.
 
     Takes a private, packed copy of the weights (of the adapters too) when it is made: one decoder per `generate` call.
     """
 
-    def __init__(self, base: Any, dtype: torch.dtype | None = None):
-        config = base.config
-        self.device, self.dtype = base.lm_head.weight.device, dtype or base.model.embed_tokens.weight.dtype
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.scale = 1 / math.sqrt(self.head_dim)
-        self.rotary, self.embedding = base.model.rotary_emb, base.model.embed_tokens
-        self.layers = [_Layer(layer, self.dtype) for layer in base.model.layers]
-        norms = [*(layer.input_layernorm for layer in base.model.layers), base.model.norm]
-        self.norms = [norm.weight.to(self.dtype) for norm in norms]  # before layer 0, 1, … and before the head
-        self.head = PackedLinear([base.lm_head], self.dtype)
-        self.ops = make_ops(self.dtype, self.device, self.heads, self.head_dim, config.rms_norm_eps)
+    def __init__(self, base: Any, facts: Facts, dtype: torch.dtype | None = None):
+        self.facts, self.config = facts, base.config
+        self.device, self.dtype = base.lm_head.weight.device, dtype or facts.embedding.weight.dtype
+        self.heads, self.kv_heads, self.head_dim = facts.heads, facts.kv_heads, facts.head_dim
+        self.layers = [_Layer(layer, self.dtype) for layer in facts.layers]
+        self.norms = [*(layer.before for layer in self.layers), _weight(facts.norm, self.dtype)]  # before layer 0, 1, … and the head
+        self.head = PackedLinear([facts.head], self.dtype)
+        self.ops = make_ops(self.dtype, self.device, facts)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.reserve(1, 1)
@@ -98,16 +106,26 @@ class FusedDecoder:
                     caches[i] = new
                 else:
                     caches.append(new)
-        positions = torch.arange(width, device=self.device)
-        cos, sin = self.rotary(self.norms[0], positions[None])
-        half = self.head_dim // 2
-        self.positions, self.cos, self.sin = positions, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self.positions = torch.arange(width, device=self.device)
+        tables = self.facts.tables(torch.empty(0, dtype=self.dtype, device=self.device), self.positions)
+        self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return (self.facts.embedding(ids) * self.facts.embedding_multiplier).to(self.dtype)
+
+    def _qkv(self, layer: _Layer, h: Tensor) -> Tensor:
+        """q, k and v [N, (heads + 2 kv_heads) D], normalised where the model does that, not rotated."""
+        qkv, (queries, keys, _) = layer.qkv(h), self.facts.head_sizes
+        if layer.q_norm is not None and layer.k_norm is not None:
+            self.ops.norm_heads(qkv, layer.q_norm, 0, queries)
+            self.ops.norm_heads(qkv, layer.k_norm, queries, keys)
+        return qkv
 
     def _finish(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         """Add layer i's attention output and MLP to the residual stream x, in place; what the next layer's products take."""
         layer = self.layers[i]
-        h = self.ops.add_norm(x, layer.o(attended), layer.norm2)
-        return self.ops.add_norm(x, layer.down(self.ops.silu_mul(layer.gate_up(h))), self.norms[i + 1])
+        h = self.ops.add_norm(x, layer.o(attended), layer.after_attention, layer.before_mlp)
+        return self.ops.add_norm(x, layer.down(self.ops.gate(layer.gate_up(h))), layer.after_mlp, self.norms[i + 1])
 
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         batch: list[tuple[int, int, Sequence[int]]] = []
@@ -123,42 +141,47 @@ class FusedDecoder:
         """All prompts of `jobs` end to end as one sequence through the linear layers; attention is per prompt. No padding."""
         ids = torch.tensor([t for _, _, tokens in jobs for t in tokens], device=self.device)
         at = torch.tensor([start + i for _, start, tokens in jobs for i in range(len(tokens))], device=self.device)
-        x = self.embedding(ids).to(self.dtype)
-        cos, sin = self.cos[at, None], self.sin[at, None]
-        masks = [
-            None if start == 0 else self.positions[: start + len(tokens)] <= self.positions[start : start + len(tokens), None]
-            for _, start, tokens in jobs
-        ]
-        h = self.ops.add_norm(x, None, self.norms[0])
+        x = self._embed(ids)
+        tables = {kind: (cos[at, None], sin[at, None]) for kind, (cos, sin) in self.tables.items()}
+        masks = {
+            window: [self._mask(start, start + len(tokens), window) for _, start, tokens in jobs]
+            for window in {layer.window for layer in self.layers}
+        }
+        h = self.ops.add_norm(x, None, None, self.norms[0])
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(h).view(len(x), -1, self.head_dim)
-            qk, v = rotate(qkv[:, : self.heads + self.kv_heads], cos, sin), qkv[:, self.heads + self.kv_heads :]
+            qkv = self._qkv(layer, h).view(len(x), -1, self.head_dim)
+            qk, v = rotate(qkv[:, : self.heads + self.kv_heads], *tables[layer.rotary]), qkv[:, self.heads + self.kv_heads :]
             q, k = qk[:, : self.heads], qk[:, self.heads :]
             attended = torch.empty_like(q)
             begin = 0
-            for (row, start, tokens), mask in zip(jobs, masks, strict=True):
+            for (row, start, tokens), mask in zip(jobs, masks[layer.window], strict=True):
                 end, stop = begin + len(tokens), start + len(tokens)
                 keys, values = self.keys[i][row, :, :stop], self.values[i][row, :, :stop]
                 keys[:, start:], values[:, start:] = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
                 if i + 1 < len(self.layers):  # nothing reads the last layer's output: the caller decodes the last prompt token
-                    query = q[begin:end].transpose(0, 1)[None]
-                    out = F.scaled_dot_product_attention(
-                        query, keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-                    )
+                    out = attention(self.facts, q[begin:end].transpose(0, 1)[None], keys[None], values[None], mask)
                     attended[begin:end] = out[0].transpose(0, 1)
                 begin = end
             if i + 1 < len(self.layers):
                 h = self._finish(i, x, attended.flatten(1))
 
+    def _mask(self, start: int, stop: int, window: int | None) -> Tensor | None:
+        """Which of the first `stop` positions those from `start` on see; None: plainly causal."""
+        if start == 0 and (window is None or stop <= window):
+            return None
+        keys, queries = self.positions[:stop], self.positions[start:stop, None]
+        return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         self.reserve(len(lengths), max(lengths) + 1)
-        x = self.embedding(tokens).to(self.dtype)
+        x = self._embed(tokens)
         plan = self.ops.plan(torch.tensor(lengths, device=self.device), lengths, self.keys[0].shape[2])
-        h = self.ops.add_norm(x, None, self.norms[0])
+        h = self.ops.add_norm(x, None, None, self.norms[0])
         for i, layer in enumerate(self.layers):
-            attended = self.ops.attend(plan, layer.qkv(h), self.cos, self.sin, self.keys[i], self.values[i])
+            cos, sin = self.tables[layer.rotary]
+            attended = self.ops.attend(plan, self._qkv(layer, h), cos, sin, self.keys[i], self.values[i], layer.window)
             h = self._finish(i, x, attended)
-        return self.head(h)
+        return final_logits(self.config, self.head(h))
 
     def move(self, source: int, target: int, length: int) -> None:
         for cache in (*self.keys, *self.values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,103 +9,124 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emreason.models.families import Facts
 from emreason.models.kernels import library
+from emreason.models.packed import attention, rotate
 
 ATTENTION_ROWS = 16
 """Rows that attend together on a CPU without `kernels.c`, over the longest of them."""
 
 
-def make_ops(dtype: torch.dtype, device: torch.device, heads: int, head_dim: int, eps: float) -> Any:
+def make_ops(dtype: torch.dtype, device: torch.device, facts: Facts) -> Any:
     """The faster of the two that works here."""
-    functions = library(dtype) if device.type == "cpu" and head_dim % 2 == 0 else None
-    if functions is None:
-        return TorchOps(heads, head_dim, eps)
-    return Kernels(functions, heads, head_dim, eps)
+    functions = library(dtype) if device.type == "cpu" and facts.head_dim % 2 == 0 else None
+    return TorchOps(facts) if functions is None else Kernels(functions, facts)
 
 
 class Kernels:
     """The functions of `kernels.c`; all tensors are contiguous."""
 
-    def __init__(self, functions: Any, heads: int, head_dim: int, eps: float):
-        self.functions, self.heads, self.eps, self.scale = functions, heads, eps, 1 / math.sqrt(head_dim)
+    def __init__(self, functions: Any, facts: Facts):
+        self.functions, self.facts = functions, facts
 
-    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
-        """x [N, d] += y, in place; returns RMSNorm(x) [N, d]."""
-        out = torch.empty_like(x)
-        pointer = None if y is None else y.data_ptr()
-        self.functions.add_norm(x.data_ptr(), pointer, weight.data_ptr(), out.data_ptr(), *x.shape, self.eps)
+    def add_norm(self, x: Tensor, y: Tensor | None, after: Tensor | None, before: Tensor | None) -> Tensor:
+        """x [N, d] += the residual multiplier times y, itself normalised by the weight `after`, in place.
+
+        Returns RMSNorm(x) [N, d] by the weight `before`, or x. A weight of None stands for no norm.
+        """
+        out = x if before is None else torch.empty_like(x)
+        pointers = (None if t is None else t.data_ptr() for t in (x, y, after, before, out))
+        self.functions.add_norm(*pointers, *x.shape, self.facts.eps, self.facts.offset, self.facts.residual_multiplier)
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up [N, d] of gate_up [N, 2 d]."""
+    def norm_heads(self, qkv: Tensor, weight: Tensor, begin: int, features: int) -> None:
+        """RMSNorm of `features` columns of qkv [N, columns] from `begin` on, as many at a time as there are weights, in place."""
+        sizes = (*qkv.shape, begin, features // len(weight), len(weight))
+        self.functions.norm_heads(qkv.data_ptr(), weight.data_ptr(), *sizes, self.facts.eps, self.facts.offset)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up [N, d], or gelu(gate) * up, of gate_up [N, 2 d]."""
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        self.functions.silu_mul(gate_up.data_ptr(), out.data_ptr(), *out.shape)
+        self.functions.gate(gate_up.data_ptr(), out.data_ptr(), *out.shape, self.facts.gelu)
         return out
 
     def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """What the layers of one step share, for `attend`: rows have `lengths` = `at` [B] cached positions, in caches `width` wide."""
-        return at, torch.empty(len(lengths), self.heads, max(lengths) + 1)
+        return at, torch.empty(len(lengths), self.facts.heads, max(lengths) + 1)
 
-    def attend(self, plan: tuple[Tensor, Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self, plan: tuple[Tensor, Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> Tensor:
         """Attention [B, heads * D] of one new token per row, whose K/V is cached on the way.
 
-        qkv: [B, (heads + 2 kv_heads) * D], not rotated yet; cos, sin: [positions, D / 2]; keys, values: [rows, kv_heads, width, D].
+        qkv: [B, (heads + 2 kv_heads) * D], not rotated yet; cos, sin: [positions, pairs]; keys, values: [rows, kv_heads, width, D];
+        window: see `families.Layer`.
         """
         at, scores = plan
-        _, kv_heads, width, dim = keys.shape
-        out = qkv.new_empty(len(at), self.heads * dim)
+        heads, (_, kv_heads, width, dim) = self.facts.heads, keys.shape
+        out = qkv.new_empty(len(at), heads * dim)
         tensors = (qkv, cos, sin, keys, values, at, scores, out)
-        sizes = (len(at), self.heads, kv_heads, dim, width, scores.shape[2])
-        self.functions.attend(*(t.data_ptr() for t in tensors), *sizes, self.scale)
+        sizes = (len(at), heads, kv_heads, dim, width, scores.shape[2], cos.shape[1], window or width)
+        self.functions.attend(*(t.data_ptr() for t in tensors), *sizes, self.facts.scale, self.facts.cap or 0.0)
         return out
 
 
 class TorchOps:
     """The same with torch's operations, on any device."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float):
-        self.heads, self.eps, self.scale = heads, eps, 1 / math.sqrt(head_dim)
+    def __init__(self, facts: Facts):
+        self.facts = facts
 
-    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self.facts.offset:
+            return F.rms_norm(x, (len(weight),), weight, self.facts.eps)
+        return F.rms_norm(x.float(), (len(weight),), weight.float() + self.facts.offset, self.facts.eps).to(x.dtype)
+
+    def add_norm(self, x: Tensor, y: Tensor | None, after: Tensor | None, before: Tensor | None) -> Tensor:
         """See `Kernels.add_norm`."""
         if y is not None:
-            x += y
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+            x.add_(y if after is None else self._norm(y, after), alpha=self.facts.residual_multiplier)
+        return x if before is None else self._norm(x, before)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `Kernels.silu_mul`."""
+    def norm_heads(self, qkv: Tensor, weight: Tensor, begin: int, features: int) -> None:
+        """See `Kernels.norm_heads`."""
+        part = qkv[:, begin : begin + features].unflatten(1, (-1, len(weight)))
+        part.copy_(self._norm(part, weight))
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See `Kernels.gate`."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return (F.gelu(gate, approximate="tanh") if self.facts.gelu else F.silu(gate)).mul_(up)
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, list[tuple[slice, int, Tensor]]]:
-        """`at`, and rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]; see `Kernels.plan`."""
-        rows, chunks = len(lengths), []
+    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, dict[int | None, list[tuple[slice, int, Tensor]]]]:
+        """`at`, and for each window rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]."""
+        rows = len(lengths)
+        chunks: dict[int | None, list[tuple[slice, int, Tensor]]] = {layer.window: [] for layer in self.facts.layers}
         size = ATTENTION_ROWS if at.device.type == "cpu" else rows
         positions = torch.arange(width, device=at.device)
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
             live = max(lengths[part]) + 1
-            chunks.append((part, live, positions[:live] <= at[part, None, None, None]))
+            last = at[part, None, None, None]
+            for window, found in chunks.items():
+                mask = positions[:live] <= last
+                found.append((part, live, mask if window is None else mask & (positions[:live] > last - window)))
         return at, chunks
 
-    def attend(self, plan: tuple[Tensor, Sequence[Any]], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self, plan: tuple[Tensor, dict[Any, Any]], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> Tensor:
         """See `Kernels.attend`."""
-        _, kv_heads, width, dim = keys.shape
+        heads, (_, kv_heads, width, dim) = self.facts.heads, keys.shape
         rows, (at, chunks) = len(qkv), plan
-        heads = qkv.view(rows, -1, dim)
-        qk = rotate(heads[:, : self.heads + kv_heads], cos[at, None], sin[at, None])
+        parts = qkv.view(rows, -1, dim)
+        qk = rotate(parts[:, : heads + kv_heads], cos[at, None], sin[at, None])
         slots = ((torch.arange(rows * kv_heads, device=at.device).view(rows, -1)) * width + at[:, None]).flatten()
-        keys.view(-1, dim).index_copy_(0, slots, qk[:, self.heads :].reshape(-1, dim))
-        values.view(-1, dim).index_copy_(0, slots, heads[:, self.heads + kv_heads :].reshape(-1, dim))
+        keys.view(-1, dim).index_copy_(0, slots, qk[:, heads:].reshape(-1, dim))
+        values.view(-1, dim).index_copy_(0, slots, parts[:, heads + kv_heads :].reshape(-1, dim))
         # the queries of a group meet their K and V together, which are never expanded: [rows, kv_heads, group, D]
-        query = qk[:, : self.heads].reshape(rows, kv_heads, -1, dim)
+        query = qk[:, :heads].reshape(rows, kv_heads, -1, dim)
         out = torch.empty_like(query)
-        for part, live, mask in chunks:
-            out[part] = F.scaled_dot_product_attention(query[part], keys[part, :, :live], values[part, :, :live], mask, scale=self.scale)
+        for part, live, mask in chunks[window]:
+            out[part] = attention(self.facts, query[part], keys[part, :, :live], values[part, :, :live], mask)
         return out.view(rows, -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [N, heads, D] by cos, sin [N, 1, D / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -66,10 +66,10 @@ def collate(examples: Sequence[Example], weights: Sequence[float], pad_id: int) 
 
 
 def bucket(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Example]]:
-    """Cut length-sorted examples so that rows × longest row stays within `tokens_per_batch`; a longer example is a batch of its own."""
+    """Cut examples, in their order, so that rows × longest row stays within `tokens_per_batch`; a longer example is a batch of its own."""
     buckets: list[list[Example]] = []
     for example in examples:
-        if buckets and (len(buckets[-1]) + 1) * len(example) <= tokens_per_batch:
+        if buckets and (len(buckets[-1]) + 1) * max(map(len, (*buckets[-1], example))) <= tokens_per_batch:
             buckets[-1].append(example)
         else:
             buckets.append([example])

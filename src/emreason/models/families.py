@@ -1,12 +1,100 @@
-"""Model families: the model inside a wrapper, and which ones the fused and packed forward passes compute exactly."""
+"""Model families: what the fused and packed forward passes must know of a decoder-only model, read from it and checked against it."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-FUSED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+log = logging.getLogger(__name__)
+
+GATES = {"silu": False, "gelu_pytorch_tanh": True}
+CHECKED_TOKENS, CHECKED_WINDOW, TOLERANCE = 6, 2, 1e-3
+"""Of the check: its sequence, a sliding window that matters in it, and the largest difference of logits, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: its modules, and what of its attention may differ from layer to layer.
+
+    Attributes:
+        qkv, gate_up: the matrix products, or a single one whose outputs lie side by side.
+        q_norm, k_norm: over each head's outputs, or over all heads', as long as their weights are.
+        before_attention, after_attention, before_mlp, after_mlp: norms.
+        window: how many positions a token sees, its own included; None: all before it.
+        rotary: which table of `Facts.tables` rotates q and k; None: they are not rotated.
+    """
+
+    qkv: tuple[Any, ...]
+    o: Any
+    gate_up: tuple[Any, ...]
+    down: Any
+    q_norm: Any | None
+    k_norm: Any | None
+    before_attention: Any | None
+    after_attention: Any | None
+    before_mlp: Any | None
+    after_mlp: Any | None
+    window: int | None
+    rotary: str | None
+
+    @property
+    def norms(self) -> list[Any]:
+        """Those that there are."""
+        found = (self.q_norm, self.k_norm, self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return [norm for norm in found if norm is not None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A decoder-only model.
+
+    Attributes:
+        scale: of q·k.
+        eps, offset: of every norm: x / sqrt(mean(x²) + eps) * (weight + offset).
+        gelu: the gated activation is tanh's approximation of GELU, else SiLU.
+        cap: c tanh(score / c) of attention scores.
+        embedding_multiplier, residual_multiplier: of embeddings, and of what attention and MLP add to the residual stream.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+    offset: float
+    gelu: bool
+    cap: float | None
+    embedding_multiplier: float
+    residual_multiplier: float
+    layers: tuple[Layer, ...]
+    norm: Any
+    embedding: Any
+    rotary: Any
+    head: Any
+
+    @property
+    def head_sizes(self) -> list[int]:
+        """Output features of q, k and v."""
+        return [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
+
+    def tables(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin [positions, rotated pairs], on the device and of the dtype of x, of every kind of rotary embedding."""
+        found: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for kind in {layer.rotary for layer in self.layers}:
+            if kind is None:
+                found[kind] = (x.new_empty(len(positions), 0),) * 2
+            else:
+                cos, sin = self.rotary(x, positions[None], *([kind] if kind else []))
+                found[kind] = cos[0].chunk(2, dim=-1)[0].to(x.dtype), sin[0].chunk(2, dim=-1)[0].to(x.dtype)
+        return found
 
 
 def base_causal_lm(model: nn.Module) -> Any:
@@ -24,22 +112,157 @@ def can_pack(module: Any) -> bool:
     return not variants and not any(getattr(module, "lora_bias", {}).values())
 
 
-def can_fuse(base: Any) -> bool:
-    """Whether `FusedDecoder` computes exactly what this model's forward does (in eval mode)."""
-    if type(base).__name__ not in FUSED_ARCHITECTURES:
-        return False
-    config, layers = base.config, base.model.layers
-    if config.hidden_act != "silu" or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return False
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return False
-    if type(base.model.embed_tokens) is not nn.Embedding:
-        return False
-    products = [m for layer in layers for m in linears(layer)] + [base.lm_head]
-    return all(can_pack(m) for m in products) and len({p.device for p in base.parameters()}) == 1
+def read_facts(base: Any) -> Facts | None:
+    """What `base` is made of; None where it is not made like that."""
+    try:
+        facts = _read(base)
+    except (AttributeError, KeyError, TypeError):
+        return None
+    products = [p for layer in facts.layers for p in (*layer.qkv, layer.o, *layer.gate_up, layer.down)] + [facts.head]
+    norms = [norm for layer in facts.layers for norm in layer.norms]
+    fits = all(map(can_pack, products)) and {_eps(norm) for norm in norms} == {facts.eps} and isinstance(facts.embedding, nn.Embedding)
+    return facts if fits and len({p.device for p in base.parameters()}) == 1 else None
 
 
-def linears(layer: Any) -> list[nn.Module]:
-    """The seven matrix products of one transformer layer, in the order of its forward."""
-    a, m = layer.self_attn, layer.mlp
-    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+def _read(base: Any) -> Facts:
+    config, model = base.config, base.model
+    rope = config.rope_parameters
+    ropes = [rope] if "rope_type" in rope else list(rope.values())
+    if any(r["rope_type"] in ("dynamic", "longrope") for r in ropes):
+        raise TypeError("a rotary embedding that depends on the sequence's length")
+    kinds = getattr(config, "layer_types", None)
+    if set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise TypeError(f"{kinds=}")
+    attention = model.layers[0].self_attn
+    return Facts(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        eps=_eps(model.norm),
+        offset=_offset(model.norm),
+        gelu=GATES[getattr(config, "hidden_activation", None) or config.hidden_act],
+        cap=getattr(config, "attn_logit_softcapping", None),
+        embedding_multiplier=getattr(config, "embedding_multiplier", 1.0),
+        residual_multiplier=getattr(config, "residual_multiplier", 1.0),
+        layers=tuple(_read_layer(layer, config, kinds[i] if kinds else None, model.rotary_emb) for i, layer in enumerate(model.layers)),
+        norm=model.norm,
+        embedding=model.embed_tokens,
+        rotary=model.rotary_emb,
+        head=base.lm_head,
+    )
+
+
+def _read_layer(layer: Any, config: Any, kind: str | None, rotary: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    before, after = getattr(layer, "input_layernorm", None), getattr(layer, "post_feedforward_layernorm", None)
+    # the same name stands for two places: behind the attention where another norm follows the MLP, else before the MLP
+    middle = layer.post_attention_layernorm
+    return Layer(
+        qkv=(attention.qkv_proj,) if hasattr(attention, "qkv_proj") else (attention.q_proj, attention.k_proj, attention.v_proj),
+        o=attention.o_proj,
+        gate_up=(mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj,
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
+        before_attention=before,
+        after_attention=middle if after is not None else None,
+        before_mlp=middle if after is None else getattr(layer, "pre_feedforward_layernorm", None),
+        after_mlp=after,
+        window=getattr(config, "sliding_window", None) if kind in (None, "sliding_attention") else None,
+        rotary=((kind or "") if hasattr(rotary, "layer_types") else "") if getattr(attention, "use_rope", True) else None,
+    )
+
+
+def _offset(norm: Any) -> float:
+    """What a norm adds to its weights."""
+    bare = _shallow(norm)
+    bare.weight = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
+    return float(round(float(bare(torch.ones_like(bare.weight)).float().mean())))
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def final_logits(config: Any, logits: Tensor) -> Tensor:
+    """What the model makes of its head's output: scaled (Granite), softly capped (Gemma)."""
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def agrees(base: Any, forward: Callable[[Any, Facts, list[int]], Tensor]) -> bool:
+    """Whether `forward(twin, its facts, ids)`, logits [≤ tokens, vocabulary] of the last ones, is what the model's own forward computes.
+
+    Asked once per model and module that has a `forward`, of a twin in float32: a few ids of its vocabulary, and a layer of every kind,
+    with a window so short that it matters. A difference is told in one line.
+    """
+    verdicts = _VERDICTS.setdefault(base, {})
+    if (name := forward.__module__) in verdicts:
+        return verdicts[name]
+    try:
+        difference = _difference(base, forward)
+        if math.isnan(difference):
+            return True  # of weights that have diverged: what is computed with them will tell
+        said = f"logits differ by {difference:.1g} of the largest" if difference > TOLERANCE else ""
+    except Exception as error:
+        said = str(error)
+    verdicts[name] = not said
+    if said:
+        log.warning("%s: the fast forward pass does not compute what the model does (%s); its own is used", type(base).__name__, said)
+    return not said
+
+
+@torch.no_grad()
+def _difference(base: Any, forward: Callable[[Any, Facts, list[int]], Tensor]) -> float:
+    """Of logits, relative to the largest; NaN where the model's own are not finite."""
+    twin = _twin(base)
+    facts = read_facts(twin)
+    assert facts is not None
+    rows = facts.embedding.weight.shape[0]
+    ids = [(7 * i + 3) % rows for i in range(CHECKED_TOKENS)]
+    own = twin(input_ids=torch.tensor([ids], device=base.device), use_cache=False).logits[0]
+    logits = forward(twin, facts, ids)
+    difference = float((logits - own[-len(logits) :]).abs().max() / own.abs().max())
+    return math.nan if not own.isfinite().all() else math.inf if math.isnan(difference) else difference
+
+
+def _twin(base: Any) -> Any:
+    """A causal LM as `base`, in float32 and eval mode, of a few ids and of the first layer of every kind; shares nothing it changes."""
+    facts = read_facts(base)
+    assert facts is not None
+    first = {(layer.window, layer.rotary): i for i, layer in reversed(list(enumerate(facts.layers)))}
+    chosen = sorted(first.values())
+    config = copy.copy(base.config)
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in chosen]
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = CHECKED_WINDOW
+    embedding = _shallow(facts.embedding)
+    embedding.weight = nn.Parameter(facts.embedding.weight[:64].float(), requires_grad=False)
+    layers = nn.ModuleList(copy.deepcopy(base.model.layers[i]).float() for i in chosen)
+    model = _shallow(base.model, layers=layers, norm=copy.deepcopy(facts.norm).float(), embed_tokens=embedding)
+    head = copy.deepcopy(facts.head).float() if type(facts.head) is not nn.Linear else _shallow(facts.head)
+    if type(head) is nn.Linear:
+        head.weight = nn.Parameter(facts.head.weight[:64].float(), requires_grad=False)
+        head.bias = None if head.bias is None else nn.Parameter(facts.head.bias[:64].float(), requires_grad=False)
+    twin = _shallow(base, model=model, lm_head=head)
+    model.config = twin.config = config
+    for module in (twin, model, layers, head):  # not those that are shared
+        module.training = False
+    layers.eval()
+    return twin
+
+
+def _shallow(module: Any, **modules: nn.Module) -> Any:
+    """A copy with its own dictionaries of parameters and modules, which hold the same ones but for `modules`."""
+    twin = copy.copy(module)
+    twin._parameters, twin._modules = dict(module._parameters), {**module._modules, **modules}
+    return twin

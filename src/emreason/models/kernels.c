@@ -37,60 +37,135 @@ static inline float exponential(float x) {
     return p;
 }
 
-/* x [rows, d] += y [rows, d] (y may be null); out = x / sqrt(mean(x^2) + eps) * weight [d] */
-void add_norm(T *restrict x, const T *restrict y, const T *restrict weight, T *restrict out, int64_t rows, int64_t d, float eps) {
+/* 1 / (1 + e^-x) */
+static inline float sigmoid(float x) {
+    float e = exponential(-fabsf(x));
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
+}
+
+/* out [d] = x [d] / sqrt(mean(x^2) + eps) * (weight [d] + offset); out may be x */
+static inline void norm(const T *x, const T *restrict weight, T *out, int64_t d, float eps, float offset) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; i++) { float v = load(x[i]); sum += v * v; }
+    float scale = 1.0f / sqrtf(sum / d + eps);
+    if (offset) /* Gemma rounds once, Llama twice */
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) out[i] = store(load(x[i]) * scale * (load(weight[i]) + offset));
+    else
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) out[i] = store(load(store(load(x[i]) * scale)) * load(weight[i]));
+}
+
+/* x [rows, d] += multiplier * y [rows, d] (y may be null), y normalised by the weights `after` if they are not null, and overwritten then;
+ * out [rows, d] = x normalised by the weights `before`, if they are not null */
+void add_norm(
+    T *restrict x, T *restrict y, const T *restrict after, const T *restrict before, T *restrict out, int64_t rows, int64_t d, float eps,
+    float offset, float multiplier) {
 #pragma omp parallel for if (rows * d > 8192)
     for (int64_t r = 0; r < rows; r++) {
-        T *a = x + r * d, *o = out + r * d;
-        float sum = 0;
+        T *a = x + r * d;
         if (y) {
-            const T *b = y + r * d;
+            T *b = y + r * d;
+            if (after) norm(b, after, b, d, eps, offset);
 #pragma omp simd
-            for (int64_t i = 0; i < d; i++) a[i] = store(load(a[i]) + load(b[i]));
+            for (int64_t i = 0; i < d; i++) a[i] = store(load(a[i]) + multiplier * load(b[i]));
         }
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < d; i++) { float v = load(a[i]); sum += v * v; }
-        float scale = 1.0f / sqrtf(sum / d + eps);
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) o[i] = store(load(store(load(a[i]) * scale)) * load(weight[i]));
+        if (before) norm(a, before, out + r * d, d, eps, offset);
     }
 }
 
-/* out [rows, d] = silu(gate) * up, for gate_up [rows, 2 d] */
-void silu_mul(const T *restrict gate_up, T *restrict out, int64_t rows, int64_t d) {
+/* qkv [rows, columns]: from column `begin` on, each of `parts` stretches of d columns is normalised by weight [d] */
+void norm_heads(
+    T *restrict qkv, const T *restrict weight, int64_t rows, int64_t columns, int64_t begin, int64_t parts, int64_t d, float eps, float offset) {
+#pragma omp parallel for if (rows * parts * d > 8192)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t p = 0; p < parts; p++) {
+            T *x = qkv + r * columns + begin + p * d;
+            norm(x, weight, x, d, eps, offset);
+        }
+}
+
+/* silu(x) = x sigmoid(x), and tanh's approximation of gelu(x) = x sigmoid(x (linear + cubic x^2)) */
+static inline float linear(int64_t gelu) { return gelu ? 2 * 0.7978845608f : 1.0f; }
+static inline float cubic(int64_t gelu) { return gelu ? 2 * 0.7978845608f * 0.044715f : 0.0f; }
+
+/* out [rows, d] = silu(gate) * up, or gelu(gate) * up, for gate_up [rows, 2 d] */
+void gate(const T *restrict gate_up, T *restrict out, int64_t rows, int64_t d, int64_t gelu) {
+    float a = linear(gelu), b = cubic(gelu);
 #pragma omp parallel for if (rows * d > 8192)
     for (int64_t r = 0; r < rows; r++) {
         const T *g = gate_up + 2 * r * d, *u = g + d;
         T *o = out + r * d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) {
-            float x = load(g[i]), e = exponential(-fabsf(x)), s = (x >= 0 ? 1.0f : e) / (1.0f + e);
-            o[i] = store(load(store(x * s)) * load(u[i]));
+            float x = load(g[i]);
+            o[i] = store(load(store(x * sigmoid(x * (a + b * x * x)))) * load(u[i]));
         }
     }
 }
 
-static inline void rotate(const T *x, const T *cos, const T *sin, float *out, int D) {
-    int half = D / 2;
-#pragma omp simd
-    for (int i = 0; i < half; i++) {
-        float a = load(x[i]), b = load(x[i + half]), c = load(cos[i]), s = load(sin[i]);
-        out[i] = a * c - b * s;
-        out[i + half] = b * c + a * s;
+/* the same of gate and up [n] apart, rounded once */
+void gated(const T *restrict gate, const T *restrict up, T *restrict out, int64_t n, int64_t gelu) {
+    float a = linear(gelu), b = cubic(gelu);
+#pragma omp parallel for simd if (n > 8192)
+    for (int64_t i = 0; i < n; i++) {
+        float x = load(gate[i]);
+        out[i] = store(x * sigmoid(x * (a + b * x * x)) * load(up[i]));
     }
 }
 
-/* One row and one key head: rotate, write K and V at position n, attend to positions 0 .. n. */
+/* the gradients of gate and up [n] from that of `gated`; of_up may be the latter */
+void gated_backward(const T *gate, const T *up, const T *gradient, T *of_gate, T *of_up, int64_t n, int64_t gelu) {
+    float a = linear(gelu), b = cubic(gelu);
+#pragma omp parallel for simd if (n > 8192)
+    for (int64_t i = 0; i < n; i++) {
+        float x = load(gate[i]), g = load(gradient[i]), s = sigmoid(x * (a + b * x * x));
+        of_gate[i] = store(g * load(up[i]) * s * (1.0f + x * (1.0f - s) * (a + 3 * b * x * x)));
+        of_up[i] = store(g * x * s);
+    }
+}
+
+/* logits [rows, d] become the derivative of the targets' log-probabilities, which are written to out [rows], under softmax(logits * by) */
+void target_logprobs(T *restrict logits, const int64_t *restrict targets, float *restrict out, int64_t rows, int64_t d, float by) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        T *x = logits + r * d;
+        float top = -INFINITY, sum = 0, hit = load(x[targets[r]]);
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < d; i++) { float v = load(x[i]); top = v > top ? v : top; }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d; i++) sum += exponential((load(x[i]) - top) * by);
+        out[r] = (hit - top) * by - logf(sum);
+        float weight = by / sum, own = exponential((hit - top) * by);
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) x[i] = store(-weight * exponential((load(x[i]) - top) * by));
+        x[targets[r]] = store(by - weight * own);
+    }
+}
+
+/* the first 2 * pairs of D numbers are rotated, the others copied */
+static inline void rotate(const T *x, const T *cos, const T *sin, float *out, int D, int pairs) {
+#pragma omp simd
+    for (int i = 0; i < pairs; i++) {
+        float a = load(x[i]), b = load(x[i + pairs]), c = load(cos[i]), s = load(sin[i]);
+        out[i] = a * c - b * s;
+        out[i + pairs] = b * c + a * s;
+    }
+    for (int i = 2 * pairs; i < D; i++) out[i] = load(x[i]);
+}
+
+/* One row and one key head: rotate, write K and V at position n, attend to positions first .. n. */
 static inline __attribute__((always_inline)) void attend_one(
-    const T *q, const T *k, const T *v, const T *cos, const T *sin, T *keys, T *values, T *out, float *scores, int64_t n, int group, int D,
-    float scale) {
+    const T *q, const T *k, const T *v, const T *cos, const T *sin, T *keys, T *values, T *out, float *scores, int64_t first, int64_t n,
+    int group, int D, int pairs, float scale, float cap) {
     float query[group * D], key[D], sum[group * D];
-    for (int g = 0; g < group; g++) rotate(q + g * D, cos, sin, query + g * D, D);
+    for (int g = 0; g < group; g++) rotate(q + g * D, cos, sin, query + g * D, D, pairs);
     for (int i = 0; i < group * D; i++) query[i] = load(store(query[i])) * scale;
-    rotate(k, cos, sin, key, D);
+    rotate(k, cos, sin, key, D, pairs);
     for (int i = 0; i < D; i++) keys[n * D + i] = store(key[i]);
     memcpy(values + n * D, v, D * sizeof(T));
-    for (int64_t p = 0; p <= n; p++) {
+    for (int64_t p = first; p <= n; p++) {
         const T *row = keys + p * D;
         for (int i = 0; i < D; i++) key[i] = load(row[i]);
         for (int g = 0; g < group; g++) {
@@ -102,17 +177,23 @@ static inline __attribute__((always_inline)) void attend_one(
         }
     }
     for (int g = 0; g < group; g++) {
-        float *s = scores + g * (n + 1), top = s[0], total = 0;
+        float *s = scores + g * (n + 1), top = -INFINITY, total = 0;
+        if (cap)
+#pragma omp simd
+            for (int64_t p = first; p <= n; p++) {
+                float e = exponential(-2 * fabsf(s[p] / cap)), tanh = (1.0f - e) / (1.0f + e);
+                s[p] = cap * (s[p] < 0 ? -tanh : tanh);
+            }
 #pragma omp simd reduction(max : top)
-        for (int64_t p = 0; p <= n; p++) top = s[p] > top ? s[p] : top;
+        for (int64_t p = first; p <= n; p++) top = s[p] > top ? s[p] : top;
 #pragma omp simd reduction(+ : total)
-        for (int64_t p = 0; p <= n; p++) { s[p] = exponential(s[p] - top); total += s[p]; }
+        for (int64_t p = first; p <= n; p++) { s[p] = exponential(s[p] - top); total += s[p]; }
         float inverse = 1.0f / total;
 #pragma omp simd
-        for (int64_t p = 0; p <= n; p++) s[p] *= inverse;
+        for (int64_t p = first; p <= n; p++) s[p] *= inverse;
     }
     for (int i = 0; i < group * D; i++) sum[i] = 0;
-    for (int64_t p = 0; p <= n; p++) {
+    for (int64_t p = first; p <= n; p++) {
         const T *row = values + p * D;
         for (int i = 0; i < D; i++) key[i] = load(row[i]);
         for (int g = 0; g < group; g++) {
@@ -123,23 +204,25 @@ static inline __attribute__((always_inline)) void attend_one(
     for (int i = 0; i < group * D; i++) out[i] = store(sum[i]);
 }
 
-/* Decoding attention. qkv [rows, (heads + 2 kv_heads) D]; cos, sin [positions, D / 2]; keys, values [.., kv_heads, width, D] of this layer;
- * row r has at[r] cached positions and its token is written there. scores: room for rows * heads * longest floats. out [rows, heads D]. */
+/* Decoding attention. qkv [rows, (heads + 2 kv_heads) D]; cos, sin [positions, pairs]; keys, values [.., kv_heads, width, D] of this layer;
+ * row r has at[r] cached positions and its token is written there; a token sees `window` positions. scores: room for rows * heads * longest
+ * floats, softly capped unless cap is 0. out [rows, heads D]. */
 void attend(
     const T *qkv, const T *cos, const T *sin, T *keys, T *values, const int64_t *at, float *scores, T *out, int64_t rows, int64_t heads,
-    int64_t kv_heads, int64_t D, int64_t width, int64_t longest, float scale) {
+    int64_t kv_heads, int64_t D, int64_t width, int64_t longest, int64_t pairs, int64_t window, float scale, float cap) {
     int64_t group = heads / kv_heads;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < rows * kv_heads; i++) {
         int64_t r = i / kv_heads, h = i % kv_heads;
-        const T *x = qkv + r * (heads + 2 * kv_heads) * D, *c = cos + at[r] * (D / 2), *s = sin + at[r] * (D / 2);
+        const T *x = qkv + r * (heads + 2 * kv_heads) * D, *c = cos + at[r] * pairs, *s = sin + at[r] * pairs;
         const T *q = x + h * group * D, *k = x + (heads + h) * D, *v = x + (heads + kv_heads + h) * D;
         T *K = keys + i * width * D, *V = values + i * width * D, *o = out + (r * heads + h * group) * D;
         float *room = scores + i * group * longest;
-        if (D == 64 && group == 3) attend_one(q, k, v, c, s, K, V, o, room, at[r], 3, 64, scale);
-        else if (D == 64) attend_one(q, k, v, c, s, K, V, o, room, at[r], group, 64, scale);
-        else if (D == 128) attend_one(q, k, v, c, s, K, V, o, room, at[r], group, 128, scale);
-        else attend_one(q, k, v, c, s, K, V, o, room, at[r], group, D, scale);
+        int64_t n = at[r], first = n < window ? 0 : n - window + 1;
+        if (D == 64 && group == 3) attend_one(q, k, v, c, s, K, V, o, room, first, n, 3, 64, pairs, scale, cap);
+        else if (D == 64) attend_one(q, k, v, c, s, K, V, o, room, first, n, group, 64, pairs, scale, cap);
+        else if (D == 128) attend_one(q, k, v, c, s, K, V, o, room, first, n, group, 128, pairs, scale, cap);
+        else attend_one(q, k, v, c, s, K, V, o, room, first, n, group, D, pairs, scale, cap);
     }
 }
 

@@ -19,9 +19,13 @@ import torch
 log = logging.getLogger(__name__)
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "add_norm": [c_void_p] * 4 + [c_int64] * 2 + [c_float],
-    "silu_mul": [c_void_p] * 2 + [c_int64] * 2,
-    "attend": [c_void_p] * 8 + [c_int64] * 6 + [c_float],
+    "add_norm": [c_void_p] * 5 + [c_int64] * 2 + [c_float] * 3,
+    "norm_heads": [c_void_p] * 2 + [c_int64] * 5 + [c_float] * 2,
+    "gate": [c_void_p] * 2 + [c_int64] * 3,
+    "gated": [c_void_p] * 3 + [c_int64] * 2,
+    "gated_backward": [c_void_p] * 5 + [c_int64] * 2,
+    "target_logprobs": [c_void_p] * 3 + [c_int64] * 2 + [c_float],
+    "attend": [c_void_p] * 8 + [c_int64] * 8 + [c_float] * 2,
     "publish": [c_void_p] * 2 + [c_int64, c_uint32],
 }
 

@@ -8,14 +8,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
 from emreason.models.packed import can_pack_rows, packed_states
+from emreason.models.products import head_logprobs
 from emreason.progress import Bar
 from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
@@ -27,7 +25,7 @@ FORCED_TOKENS = 8
 """Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few to reason on. A choice's text adds its own."""
 
 MIN_SHARED = 8
-"""Shortest common prefix of a batch that is worth a forward of its own."""
+"""Shortest common prefix that is worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
-    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with (system prompt, instruction, a
-    shared question) is computed once.
+    once. Rows are padded on the right, where causal attention needs no mask. What all rows begin with is computed once; where rows are
+    packed, what any of them share (system prompt, instruction, a question).
 
     Args:
         input_ids: [rows, length] int64, right-padded.
@@ -181,13 +179,11 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         [number of marked tokens] float32, row by row.
     """
     causal_lm = base_causal_lm(model)
-    decoder, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    decoder = causal_lm.base_model
     shared = shared_prefix(input_ids, completion_mask)
-    if shared < MIN_SHARED:
-        shared = 0
     if can_pack_rows(causal_lm):
-        states = packed_states(causal_lm, input_ids, completion_mask, shared)
-    elif not shared or causal_lm.is_gradient_checkpointing:
+        states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
+    elif shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
@@ -197,17 +193,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
     targets = input_ids[:, 1:][completion_mask[:, 1:]]
-
-    def logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float()
-        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
-
-    if len(targets) <= chunk:
-        return logprobs(states, targets)
-    parts = []
-    for s, t in zip(states.split(chunk), targets.split(chunk), strict=True):
-        parts.append(checkpoint(logprobs, s, t, use_reentrant=False) if torch.is_grad_enabled() else logprobs(s, t))
-    return torch.cat(parts)
+    return head_logprobs(causal_lm, states, targets, chunk, temperature)
 
 
 def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:

@@ -1,0 +1,152 @@
+"""A training step's products against peft, autograd and torch's own operations; what rows share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from emreason.models import products
+from emreason.models.kernels import library
+from emreason.models.packed import prefix_tree
+from emreason.models.products import head_logprobs, product
+
+needs_compiler = pytest.mark.skipif(library(torch.bfloat16) is None, reason="no C compiler here: torch's operations are used")
+
+
+def adapted(dtype=torch.float32, bias=True, dropout=0.0, b=0.1):
+    """A linear layer [48 -> 32] with adapters, B [32, 4] normal with deviation `b`."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(48, 32, bias=bias)).to(dtype)
+    module = get_peft_model(block, LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["0"])).base_model.model[0]
+    nn.init.normal_(module.lora_B["default"].weight, std=b)
+    return module
+
+
+def results(function, *inputs, module=None):
+    """The output, and the gradients of inputs and of what is trained, under a loss that is not linear."""
+    leaves = [*(t.detach().requires_grad_() for t in inputs)]
+    out = function(*leaves)
+    trained = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    return [out, *torch.autograd.grad(out.float().sin().sum(), [*leaves, *trained])]
+
+
+def close(ours, theirs, tolerance):
+    return all(float((a - b).detach().abs().max()) <= tolerance * float(b.detach().abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "adapters and bias", "trained"])
+@pytest.mark.parametrize("gated", ["", "silu", "gelu"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_product_and_its_gradients_are_the_module_s(kind, gated, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(products, "library", lambda _: None)
+    module = nn.Linear(48, 32) if kind == "trained" else adapted(bias="bias" in kind)
+    x, up = torch.randn(20, 48) * 3, torch.randn(20, 48)
+    if not gated:
+        assert close(results(lambda x: product(module, x), x, module=module), results(module, x, module=module), 1e-5)
+        return
+    act = F.silu if gated == "silu" else (lambda x: F.gelu(x, approximate="tanh"))
+    ours = results(lambda x, up: product(module, x, up, gated == "gelu"), x, up, module=module)
+    assert close(ours, results(lambda x, up: module(act(x) * up), x, up, module=module), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_compiled_gate_is_torch_s_in_bfloat16(gelu, monkeypatch):
+    gate, up = (torch.randn(64, 300).mul_(8).bfloat16() for _ in range(2))  # far into both tails
+    ways = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(products, "library", lambda _: None)
+        ways.append([products._gated(gate, up, gelu), *products._gated_backward(gate, up, gate.clone(), gelu)])
+    assert close(*ways, 2**-6)
+
+
+def test_an_update_below_half_a_grid_step_is_not_lost():
+    """It is there in the mean; of peft's own bfloat16 forward most is lost."""
+    module, x = adapted(torch.bfloat16, bias=False), torch.randn(4000, 48).bfloat16()
+    nn.init.constant_(module.lora_A["default"].weight, 0.02)
+    nn.init.constant_(module.lora_B["default"].weight, 5e-4)
+    with torch.no_grad():
+        base = module.get_base_layer()(x).float()
+        wanted = (x.float() @ module.lora_A["default"].weight.T @ module.lora_B["default"].weight.T) * 3
+        shares = [float(((y.float() - base) * wanted).sum() / wanted.square().sum()) for y in (product(module, x), module(x))]
+    assert float(wanted.abs().mean()) < float(base.abs().mean()) * 2**-8
+    assert shares[0] == pytest.approx(1, abs=0.1)
+    assert shares[1] < 0.9
+
+
+def test_dropout_is_left_to_peft():
+    module, x = adapted(dropout=0.5), torch.randn(20, 48)
+    drawn = []
+    for function in (module, lambda x: product(module, x)):
+        torch.manual_seed(1)
+        drawn.append(function(x))
+    assert torch.equal(*drawn)
+    module.eval()
+    assert torch.allclose(product(module, x), module(x), atol=1e-5)
+    assert not torch.allclose(module(x), drawn[0], atol=1e-2)
+
+
+class Lm:
+    def __init__(self, config, head):
+        self.config, self.head = config, head
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"logits_scaling": 3.0}, {"final_logit_softcapping": 2.0}])
+def test_the_head_s_log_probabilities_and_their_gradients(frozen, chunk, compiled, kind, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(products, "library", lambda _: None)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 70, bias=False).requires_grad_(not frozen)
+    x, targets = torch.randn(23, 16) * 4, torch.randint(70, (23,))
+    config = type("Config", (), kind)()
+
+    def expected(x):
+        logits = head(x) / kind.get("logits_scaling", 1)
+        cap = kind.get("final_logit_softcapping")
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return (logits / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    ours = results(lambda x: head_logprobs(Lm(config, head), x, targets, chunk, 0.7), x, module=head)
+    assert close(ours, results(expected, x, module=head), 1e-5)
+
+
+@needs_compiler
+def test_a_head_that_has_diverged_stays_not_finite():
+    head, x = nn.Linear(16, 70, bias=False).bfloat16(), torch.randn(3, 16).bfloat16()
+    x[1, 2] = torch.nan
+    found = head_logprobs(Lm(object(), head), x, torch.tensor([1, 2, 3]), 256, 1.0)
+    assert found.isfinite().tolist() == [True, False, True]
+
+
+rows_of_tokens = st.lists(st.lists(st.integers(0, 1), max_size=7), min_size=1, max_size=7)
+
+
+@given(rows_of_tokens, st.integers(1, 4))
+def test_a_tree_of_prefixes_holds_every_row_and_shares_what_is_long_enough(rows, least):
+    segments, paths = prefix_tree(rows, least)
+    for path, row in zip(paths, rows, strict=True):
+        assert [t for i in path for t in rows[segments[i].row][segments[i].begin : segments[i].end]] == row
+        assert all(segments[i].before == path[:n] for n, i in enumerate(path))
+    used = [sum(i in path for path in paths) for i in range(len(segments))]
+    assert all(n == 1 or s.end - s.begin >= least for n, s in zip(used, segments, strict=True))
+    if least == 1:  # every prefix once
+        assert sum(s.end - s.begin for s in segments) == len({tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)})
+
+
+def test_a_question_s_rationales_share_its_prompt_and_all_share_the_instruction():
+    rows = [[0] * 9 + [q] * 10 + [7, 8, 9][z : z + 1] * 5 for q in (1, 2) for z in range(3)]
+    segments, _ = prefix_tree(rows, 8)
+    assert sorted(s.end - s.begin for s in segments) == [5] * 6 + [9, 10, 10]
