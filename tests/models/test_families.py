@@ -65,7 +65,7 @@ def made(family, **changes):
     config = getattr(transformers, config_class)(**(SHAPE | FAMILIES[family] | changes))
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += torch.randn_like(parameter) * 0.3
     return model.eval()

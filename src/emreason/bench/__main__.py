@@ -19,13 +19,14 @@ from rich.console import Console
 from emreason.bench.contenders import Contender, chosen, run
 from emreason.bench.peak import matmul_peak
 from emreason.bench.results import finish, growth, growth_line, markdown_of, over_seeds, rows_of, tables_of, title
+from emreason.bench.runners.family import SHAPES
 from emreason.bench.work import ITERATION, make_work
 from emreason.runs.journal import write_atomic, write_json
 
 
 def works_of(contender: Contender, work: dict[str, Any]) -> list[str]:
     """The pieces of work that a contender has rows for."""
-    named = {"E-step": list(work["shapes"]), "M-step": ["M-step"], "iteration": [ITERATION]}
+    named = {"E-step": list(work["shapes"]), "M-step": ["M-step"], "iteration": [ITERATION], "family": list(SHAPES)}
     return named.get(contender.phase, [" ".join(contender.options)])
 
 

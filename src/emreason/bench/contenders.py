@@ -25,12 +25,16 @@ BEST_TRL = (NO_CHECKPOINTING, PADDING_FREE)
 """TRL's fastest settings with fp32 weights, of those in the table."""
 
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "granite")
+"""Model types that the fused decoder is held to."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One row of the table.
 
     Attributes:
-        phase: `E-step`, `M-step`, `iteration` or `growth`.
+        phase: `E-step`, `M-step`, `iteration`, `growth` or `family`.
         script: a file of `runners/`, run as `script WORK RESULT *options *interpreters`.
         envs: environments by name; the first one's interpreter (without any: this one's) runs the script, which is told the others'.
         note: what a reader must know of the row.
@@ -73,6 +77,7 @@ CONTENDERS = [
     Contender("iteration", "vLLM + TRL, best settings", "iterate_others.py", ("vllm", "bfloat16", *BEST_TRL), ("trl", "vllm")),
     *(Contender("growth", OURS, "growth.py", ("e_step", str(questions))) for questions in (64, 256, 1024)),
     Contender("growth", OURS, "growth.py", ("m_step",)),
+    *(Contender("family", name, "family.py", (name,)) for name in FAMILIES),
 ]
 
 

@@ -161,6 +161,9 @@ def _columns(phase: str) -> dict[str, Any]:
         return {"seconds": seconds, "theirs / ours": ours, **learned, **named, **more, "GB": memory}
     if phase == "growth":
         return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}
+    if phase == "family":
+        speeds = {"tokens/s": _number("tokens_per_second", ".0f"), "generate": _number("generate_tokens_per_second", ".0f"), "ours / it": ours}
+        return {"decoder": lambda row: row["decoder"], **speeds, "rows with its ids": _number("equal_rows", ".0f")}
     columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
     columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "GB": memory}
     if phase == "M-step":
@@ -192,7 +195,7 @@ def tables_of(bench: dict[str, Any]) -> list[Table]:
         said = "\n".join(": ".join(line) for line in failed)
         table = Table(box=None, padding=(0, 1), header_style="bold", caption=Text(said) if said else None, caption_justify="left")
         for i, column in enumerate(header):
-            table.add_column(column, justify="left" if i == 0 or column in ("dtype", "same work", "note") else "right")
+            table.add_column(column, justify="left" if i == 0 or column in ("dtype", "decoder", "same work", "note") else "right")
         for line in body:
             table.add_row(*map(Text, line if line not in failed else [line[0], *["–"] * (len(header) - 1)]))
         tables.append(table)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from emreason.engines.ops import make_ops
+from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
 from emreason.models.packed import attention, rotate
@@ -54,7 +54,7 @@ def make_decoder(model: nn.Module, dtype: torch.dtype | None = None) -> Decoder:
 
 def _logits(base: Any, facts: Facts, ids: list[int]) -> Tensor:
     """For `agrees`: two tokens at once, then one by one."""
-    decoder = FusedDecoder(base, facts)
+    decoder = FusedDecoder(base, facts, ops=TorchOps(facts))  # it is the facts that are in question; float32's kernels need not be compiled
     decoder.prefill([(0, 0, ids[:2])])
     return torch.cat([decoder.decode(torch.tensor(ids[i : i + 1], device=base.device), [i]) for i in range(2, len(ids))])
 
@@ -80,14 +80,14 @@ class FusedDecoder:
     Takes a private, packed copy of the weights (of the adapters too) when it is made: one decoder per `generate` call.
     """
 
-    def __init__(self, base: Any, facts: Facts, dtype: torch.dtype | None = None):
+    def __init__(self, base: Any, facts: Facts, dtype: torch.dtype | None = None, ops: Any = None):
         self.facts, self.config = facts, base.config
         self.device, self.dtype = base.lm_head.weight.device, dtype or facts.embedding.weight.dtype
         self.heads, self.kv_heads, self.head_dim = facts.heads, facts.kv_heads, facts.head_dim
         self.layers = [_Layer(layer, self.dtype) for layer in facts.layers]
         self.norms = [*(layer.before for layer in self.layers), _weight(facts.norm, self.dtype)]  # before layer 0, 1, … and the head
         self.head = PackedLinear([facts.head], self.dtype)
-        self.ops = make_ops(self.dtype, self.device, facts)
+        self.ops = ops or make_ops(self.dtype, self.device, facts)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.reserve(1, 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import let_go, release_memory
@@ -103,16 +103,23 @@ def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float3
 
 
 def load_random(package: str, gguf_file: str, shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """A Llama of any `shape`, the arguments of `LlamaConfig`, with random weights and a package's tokenizer: to measure speed with.
+    """A `random_model` of any `shape` with a package's tokenizer: to measure speed with.
 
     Raises:
         UserError: the package is not installed.
     """
     _, tokenizer = load_package(package, gguf_file)
-    config = LlamaConfig(**{"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id} | dict(shape), dtype=dtype)
-    with torch.random.fork_rng():
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return random_model(special | dict(shape), seed, dtype), tokenizer
+
+
+def random_model(shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Random weights in a `shape`: `model_type`, a Llama if it is not given, and the arguments of its config."""
+    config = AutoConfig.for_model(**{"model_type": "llama"} | shape, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def load_gguf(path: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
