@@ -71,7 +71,11 @@ def describe(name: str, load: Mapping[str, Any]) -> str:
 
 def gguf_cache(file: Path) -> Path:
     """Where the de-quantised copy of a GGUF lives: reading a GGUF takes ~20 s, the copy 1 s."""
-    root = Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    return root / f"{file.stem}-{key}"
+    return cache_root() / f"{file.stem}-{key}"
+
+
+def cache_root() -> Path:
+    """Where this program keeps what may be deleted."""
+    return Path(os.environ.get("EMREASON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emreason")
