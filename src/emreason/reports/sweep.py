@@ -21,6 +21,7 @@ from rich.text import Text
 from emreason.progress import console
 from emreason.runs.checks import check_config_for_secrets, ranks_started
 from emreason.runs.console import EXPECTED, one_sentence
+from emreason.runs.experiment import ranks_of
 from emreason.runs.interrupt import leave_with_launcher
 from emreason.runs.summary import read_summary
 from emreason.types import UserError, plain
@@ -43,12 +44,7 @@ def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig
 
 def several_ranks(cfg: DictConfig) -> bool:
     """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
-    import torch
-
-    devices = cfg.trainer.get("devices", 1)
-    if devices in (-1, "auto"):
-        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
-    return (devices > 1 or cfg.trainer.get("num_nodes", 1) > 1) and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
+    return ranks_of(cfg) > 1 and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
 
 
 def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
