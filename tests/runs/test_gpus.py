@@ -46,9 +46,7 @@ def test_auto_is_the_gpu_where_there_is_one_and_never_an_apple_gpu(monkeypatch):
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("devices", "nodes", "ranks"), [(1, 1, 1), (3, 1, 3), (-1, 1, 4), ("auto", 2, 8)])
 def test_ranks_are_counted(devices, nodes, ranks):
-    config = compose_config(
-        "experiment=smoke", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}", "trainer.accelerator=gpu"
-    )
+    config = compose_config("experiment=smoke", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}", "trainer.accelerator=gpu")
     assert experiment.ranks_of(config) == ranks
 
 

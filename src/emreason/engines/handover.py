@@ -131,10 +131,18 @@ def _of_file(path: str) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
+@torch.no_grad()
 def version(model: nn.Module) -> int:
-    """Another number whenever the weights or the adapters in use are others: torch counts what is written into each."""
+    """Another number whenever the weights or the adapters in use are others: the sums of their bits, one wait for the device.
+
+    torch's own count of writes does not know those of fused optimizers.
+    """
     adapters = tuple(getattr(model, "active_adapters", None) or ()) if hasattr(model, "peft_config") else ()
-    return hash((adapters, *((p.data_ptr(), p._version) for p in model.parameters())))
+    sums = [p.view(_BITS[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
+    return hash((adapters, *torch.stack(sums).tolist()))
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

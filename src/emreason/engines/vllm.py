@@ -290,7 +290,7 @@ def apart(gpu: torch.device, gpus: int) -> Iterator[None]:
         mine = gpu.index or 0
         training = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
         spare = listed[training:][mine * (gpus - 1) :][: gpus - 1]
-        if len(spare) < gpus - 1:
+        if gpus > 1 and training * gpus > len(listed):
             raise UserError(
                 f"engine.options.tensor_parallel_size={gpus}: each of the {training} ranks needs {gpus} GPUs, of which it trains on one, "
                 f"but there are {len(listed)}; lower it or trainer.devices, or give vLLM its own: engine.server=URL."

@@ -59,7 +59,6 @@ def dithered(values: Tensor, key: int = 0, out: Tensor | None = None) -> Tensor:
     if functions is None or not (values.is_contiguous() and out.is_contiguous()):
         return out.copy_(_by_torch(values, key))
     functions.publish(values.data_ptr(), out.data_ptr(), values.numel(), key)
-    torch.autograd.graph.increment_version(out)  # torch does not see what C writes
     return out
 
 
