@@ -108,7 +108,8 @@ class Server:
         return False
 
     def took(self, model: nn.Module) -> None:
-        self._ask("/reset_prefix_cache", {})
+        while not self._ask("/reset_prefix_cache", {})["success"]:
+            time.sleep(0.05)  # a request that was dropped is still going on there
         self._ask("/update_weight_version", {"new_version": weights_fingerprint(model)})
 
     def sleep(self) -> bool:
