@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import TEMPLATE, ScriptedEngine, numbers
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_samplers import RIGHT, WRONG, scheme
 
 from emreason.em.datamodule import RationaleDataModule
@@ -418,3 +419,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match=r"^The loss of optimizer step 0 .*q00"):
         fit(tmp_path, questions, gold_script(questions), module=module)
     assert all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(before, module.trainable(), strict=True))
+
+
+def test_the_test_after_the_fit_needs_neither_moments_nor_masters(tmp_path):
+    """Lightning would copy the moments to the host and leave the masters where they are."""
+    questions = numbers(4)
+    module = em_module(dtype=torch.bfloat16)
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    states, teardown = [], SingleDeviceStrategy.teardown
+
+    def spy(strategy):
+        states.extend(len(optimizer.state) for optimizer in strategy.optimizers)
+        teardown(strategy)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SingleDeviceStrategy, "teardown", spy)
+        fit(tmp_path, questions, gold_script(questions), module=module)
+    assert states == [0]
+    assert module._masters
+    assert not sum(master.numel() for master in module._masters)
+    assert module._restored_masters is None

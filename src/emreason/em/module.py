@@ -125,7 +125,7 @@ class EMModule(L.LightningModule):
         values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
 
-    def on_fit_end(self) -> None:
+    def on_train_end(self) -> None:
         """The test needs neither moments, which Lightning would copy to the host, nor masters, which hooks hold on to."""
         for optimizer in self.trainer.strategy.optimizers:
             optimizer.state.clear()
