@@ -1287,4 +1287,19 @@ FAULTS = [
         "thousands(sum(i.tokens for i in run.iterations[-1:]))",
         "reports/test_report.py::test_a_row_of_the_runs_table",
     ),
+    # --- runs/plan.py
+    fault(
+        "plan: one try a question",
+        "runs/plan.py",
+        "draws = asked * len(scheme.tries)",
+        "draws = asked",
+        "runs/test_plan.py::test_an_iteration_does_what_the_plan_says_at_most",
+    ),
+    fault(
+        "plan: one rationale a question",
+        "runs/plan.py",
+        "else asked * scheme.keep\n",
+        "else asked\n",
+        "runs/test_plan.py::test_an_iteration_does_what_the_plan_says_at_most",
+    ),
 ]
