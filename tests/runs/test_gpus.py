@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from test_config import compose_config
 
 from emreason import evaluate
+from emreason.em import ranks
 from emreason.em.ranks import Ranks
+from emreason.models.loading import choose_dtype
 from emreason.models.memory import is_out_of_memory
 from emreason.models.tiny import load_tiny
 from emreason.questions.prompts import Prompts
@@ -44,10 +46,10 @@ def test_auto_is_the_gpu_where_there_is_one_and_never_an_apple_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpus")
-@pytest.mark.parametrize(("devices", "nodes", "ranks"), [(1, 1, 1), (3, 1, 3), (-1, 1, 4), ("auto", 2, 8)])
-def test_ranks_are_counted(devices, nodes, ranks):
+@pytest.mark.parametrize(("devices", "nodes", "count"), [(1, 1, 1), (3, 1, 3), (-1, 1, 4), ("auto", 2, 8)])
+def test_ranks_are_counted(devices, nodes, count):
     config = compose_config("experiment=smoke", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}", "trainer.accelerator=gpu")
-    assert experiment.ranks_of(config) == ranks
+    assert experiment.ranks_of(config) == count
 
 
 def test_an_evaluation_moves_the_model_to_its_device(monkeypatch, tmp_path):
@@ -153,3 +155,30 @@ def test_only_several_ranks_need_a_strategy():
     assert not read(compose_config("experiment=smoke")).several_ranks
     assert read(compose_config("experiment=smoke", "trainer.devices=2")).several_ranks
     assert read(compose_config("experiment=smoke", "trainer.strategy=ddp")).several_ranks
+
+
+def test_ranks_wait_for_days_for_what_may_take_hours(monkeypatch):
+    made, used = [], []
+    monkeypatch.setattr(ranks, "several", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **asked: made.append(asked) or "patient")
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_object",
+        lambda parts, items, group=None: (parts.__setitem__(slice(None), [items] * 2), used.append(group)),
+    )
+    monkeypatch.setattr(torch.distributed, "barrier", used.append)
+    ranks._patient.cache_clear()
+    assert ranks.gather([1]) == [1, 1]
+    Ranks().barrier("journal read")
+    ranks._patient.cache_clear()
+    assert used == ["patient"] * 2
+    assert [asked["backend"] for asked in made] == ["gloo"]
+    assert made[0]["timeout"].days >= 1
+
+
+@pytest.mark.parametrize(("real", "emulated", "expected"), [(True, True, torch.bfloat16), (False, True, torch.float32)])
+def test_auto_is_bfloat16_only_where_the_gpu_has_it(monkeypatch, real, emulated, expected):
+    """A T4 or V100 says that it has, and emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: emulated if including_emulation else real)
+    assert choose_dtype("auto", torch.device("cuda")) is expected
