@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+from test_ranks import free_port
 from test_train import BIN
+
+from emreason.engines.server import Server
+from emreason.models.tiny import load_tiny
+from emreason.types import UserError
 
 pytest.importorskip("vllm")
 
@@ -56,6 +64,7 @@ def test_a_run(alone):
     summary = json.loads((alone / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert {iteration for iteration, _, _ in drawn(alone)} == {0, 1}
+    assert 0 <= summary["iterations"][0]["e_step"]["logprob_gap"] < 1e-3
 
 
 def test_a_sweep_gives_each_job_what_it_draws_alone(alone, tmp_path):
@@ -70,3 +79,50 @@ def test_two_ranks_draw_what_one_draws(alone, tmp_path):
     emreason(*RUN, "seed=2", "trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path}")
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
     assert drawn(tmp_path) == drawn(alone)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The URL of a vLLM server with another model's weights, as `engines/server.py` says to start it."""
+    folder = tmp_path_factory.mktemp("server")
+    model, tokenizer = load_tiny("llama", hidden_size=128, seed=7)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    port = free_port()
+    # `vllm serve MODEL`, which the CPU build's own command cannot be: it looks for a distribution of the other name
+    served = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command = [*served, "--port", str(port), "--worker-extension-cls", "emreason.engines.handover.TakeWeights"]
+    options = ["--dtype=float32", "--max-model-len=256", "--max-num-seqs=8", "--enforce-eager", "--block-size=32"]
+    uncut = ["--no-enable-chunked-prefill", "--max-num-batched-tokens=4096"]  # on CPUs only, see engines/vllm.py
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, *options, *uncut], env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 300
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health").close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]  # noqa: PT018
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_server_draws_what_a_vllm_of_ones_own_draws(alone, server, tmp_path, ranks):
+    """All ranks share it, and the first hands the weights over; when a run begins it holds those of another one."""
+    several = ["trainer.devices=2", "trainer.strategy=ddp"] if ranks == 2 else []
+    emreason(*RUN, "seed=2", f"engine.server={server}", *several, f"hydra.run.dir={tmp_path}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert drawn(tmp_path) == drawn(alone)
+    assert 0 <= summary["iterations"][0]["e_step"]["logprob_gap"] < 1e-3
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(UserError, match=r"engine\.server=http://127.0.0.1:1: no answer"):
+        Server("http://127.0.0.1:1", 4)

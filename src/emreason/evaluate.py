@@ -45,6 +45,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
     experiment = build(cfg)
+    experiment.model.to(experiment.device).requires_grad_(False)  # in training Lightning moves it
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()

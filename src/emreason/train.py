@@ -155,9 +155,11 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from emreason.em.checkpoints import AtomicCheckpointIO
+    from emreason.em.ranks import Ranks
     from emreason.tracking.recorder import JsonlLogger
 
     logger = settings.logger(folder)
+    several = {"strategy": Ranks()} if settings.several_ranks else {}
     loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
     make = functools.partial(
         settings.trainer,
@@ -171,6 +173,7 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
         use_distributed_sampler=False,  # questions are sharded here
         inference_mode=False,  # tensors made in a generation must not poison the M-step
         log_every_n_steps=1,
+        **several,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

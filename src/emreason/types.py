@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Proposal = Literal["question", "rationalization"]
 """`question`: the plain prompt, π(z|x). `rationalization`: the prompt that also shows the gold answer, π(z|x, y*)."""
@@ -94,6 +94,15 @@ class Engine(Protocol):
         The consumer may add to `requests` whenever it is handed a completion (a question's next attempt enters as
         soon as the last one failed); generation ends when the deque is empty and nothing is running.
         """
+        ...
+
+
+@runtime_checkable
+class EngineApart(Engine, Protocol):
+    """An engine with weights of its own, which it is given when they have changed."""
+
+    def rest(self) -> None:
+        """Hand back, until the next `generate`, the memory that an M-step needs."""
         ...
 
 

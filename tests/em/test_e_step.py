@@ -19,6 +19,7 @@ from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal
 from emreason.schemes.diagnostics import e_step_record
+from emreason.scores.likelihood import completion_logprobs
 from emreason.types import UserError
 
 
@@ -123,3 +124,34 @@ def test_trice_remembers_every_earlier_iteration(tmp_path):
     assert len(drawn) == (2 + 3) * len(questions)
     remembered = [b.question_ids[i] for s in e_step._steps[1] for b in s.batches for i in (b.weights > 0).nonzero()[:, 0]]
     assert sorted(remembered) == [q.id for q in questions]
+
+
+class Apart(ScriptedEngine):
+    """Has weights of its own: its log-probabilities are off by half a nat a token."""
+
+    rested = 0
+
+    def generate(self, requests):
+        for completion in super().generate(requests):
+            pair = (completion.request.prompt_ids, completion.token_ids)
+            yield replace(completion, logprob=completion_logprobs(self.model, [pair])[0] - 0.5 * len(completion.token_ids))
+
+    def rest(self) -> None:
+        self.rested += 1
+
+
+@pytest.mark.parametrize("name", ["rs", "pps"])
+def test_an_engine_apart_is_compared_with_the_model_and_rests_during_the_m_step(tmp_path, monkeypatch, name):
+    """Also where a hint was in the prompt."""
+    module, questions = em_module(), numbers(20)
+    engine = module.engine = Apart(module.tokenizer, gold_script(questions))
+    engine.model = module.model
+    awake = []
+    original = module.training_step
+    monkeypatch.setattr(module, "training_step", lambda *step: awake.append(engine.rested) or original(*step))
+    e_step = EStep(scheme(name), questions, Journal(tmp_path), seed=1)
+    trainer(tmp_path, [e_step], 2).fit(module, RationaleDataModule([], []))
+    assert e_step.record["logprob_gap"] == pytest.approx(0.5, abs=1e-4)
+    assert set(awake) == {1, 2}
+    _, other = fit(tmp_path / "together", questions, gold_script(questions))
+    assert "logprob_gap" not in other.record  # an engine on the model's own weights is not scored twice

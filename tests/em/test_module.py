@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import lightning as L
 import pytest
 import torch
 from conftest import TEMPLATE, ScriptedEngine, numbers
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_samplers import RIGHT, WRONG, scheme
 
 from emreason.em.datamodule import RationaleDataModule
@@ -229,9 +231,7 @@ def test_neither_packing_nor_a_shared_prefix_changes_log_probabilities_or_gradie
         for parameter in module.trainable():  # B starts at zero
             torch.nn.init.normal_(parameter, std=0.1)
     rows = examples(module)
-    rows += [
-        Example(r.question_id, r.prompt_ids, r.completion_ids[:2] + other.completion_ids) for r, other in zip(rows, rows[1:], strict=False)
-    ]
+    rows += [Example(r.question_id, r.prompt_ids, r.completion_ids[:2] + other.completion_ids) for r, other in itertools.pairwise(rows)]
     batch = collate(rows, [1.0] * len(rows), module.tokenizer.pad_token_id)
     shared = scoring.shared_prefix(batch.input_ids, batch.completion_mask)
     assert 4 < shared < min(len(row.prompt_ids) for row in rows)
@@ -421,3 +421,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match=r"^The loss of optimizer step 0 .*q00"):
         fit(tmp_path, questions, gold_script(questions), module=module)
     assert all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(before, module.trainable(), strict=True))
+
+
+def test_the_test_after_the_fit_needs_neither_moments_nor_masters(tmp_path):
+    """Lightning would copy the moments to the host and leave the masters where they are."""
+    questions = numbers(4)
+    module = em_module(dtype=torch.bfloat16)
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    states, teardown = [], SingleDeviceStrategy.teardown
+
+    def spy(strategy):
+        states.extend(len(optimizer.state) for optimizer in strategy.optimizers)
+        teardown(strategy)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SingleDeviceStrategy, "teardown", spy)
+        fit(tmp_path, questions, gold_script(questions), module=module)
+    assert states == [0]
+    assert module._masters
+    assert not sum(master.numel() for master in module._masters)
+    assert module._restored_masters is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import numbers
 
+from emreason.engines import handover
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.loading import add_lora
 from emreason.models.tiny import load_tiny
@@ -98,10 +99,11 @@ def test_weights_that_do_not_arrive_are_noticed(pair, monkeypatch):
     model, tokenizer, ours, theirs = pair
     before = ids(draw(theirs, tokenizer))
     with monkeypatch.context() as patched:
-        patched.setattr(theirs._llm, "collective_rpc", lambda *_, **__: None)
+        patched.setattr(theirs._vllm.llm, "collective_rpc", lambda *_, **__: None)
         perturb(model, 0.2)
         stale = ids(draw(theirs, tokenizer))
     assert stale == before
+    theirs._held = None
     assert ids(draw(theirs, tokenizer)) == ids(draw(ours, tokenizer)) != before
 
 
@@ -112,12 +114,42 @@ def test_the_prefix_cache_does_not_outlive_the_weights(pair, monkeypatch):
     perturb(model, 0.2)
     assert ids(draw(theirs, tokenizer)) == ids(draw(ours, tokenizer))
     with monkeypatch.context() as patched:
-        patched.setattr(theirs._llm, "reset_prefix_cache", lambda *_, **__: True)
+        patched.setattr(theirs._vllm.llm, "reset_prefix_cache", lambda *_, **__: True)
         perturb(model, 0.2)
         stale = ids(draw(theirs, tokenizer))
+    theirs._held = None
     fresh = ids(draw(theirs, tokenizer))
     assert fresh == ids(draw(ours, tokenizer))
     assert stale != fresh
+
+
+def test_weights_are_handed_over_only_when_they_have_changed(pair, monkeypatch):
+    model, tokenizer, _, theirs = pair
+    draw(theirs, tokenizer)
+    calls = []
+    real = theirs._vllm.llm.collective_rpc
+    monkeypatch.setattr(theirs._vllm.llm, "collective_rpc", lambda name, args: (calls.append(name), real(name, args=args)))
+    draw(theirs, tokenizer)
+    assert calls == []
+    perturb(model, 0.1)
+    draw(theirs, tokenizer)
+    assert calls == ["begin_weights", "take_weights", "end_weights"]
+
+
+def test_the_path_through_gpu_memory_with_tensors_in_shared_memory(pair, monkeypatch):
+    """The same code as with CUDA's handles, which a CPU has none of: pieces pickled by torch, rebuilt in vLLM's process, copied there."""
+    model, tokenizer, ours, theirs = pair
+    before = ids(draw(theirs, tokenizer))
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        monkeypatch.setattr(theirs, "_through_gpu", lambda: True)
+        monkeypatch.setattr(handover, "PIECE_BYTES", 100_000)  # several, which cut q from k and v
+        perturb(model, 0.2)
+        after = ids(draw(theirs, tokenizer))
+    finally:
+        torch.multiprocessing.set_sharing_strategy(strategy)
+    assert after == ids(draw(ours, tokenizer)) != before
 
 
 @pytest.mark.parametrize("pair", ["lora"], indirect=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from emreason import train
+from emreason.engines import inprocess
 from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.tiny import load_tiny
@@ -105,3 +106,15 @@ print(m_step, e_step)
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["False", "True"]
+
+
+def test_out_of_memory_before_the_first_token_is_told_as_the_e_steps(monkeypatch) -> None:
+    """Copies of the weights for decoding are made first; an M-step's advice would not help there."""
+    model, tokenizer = load_tiny("llama", seed=0)
+
+    def full(*_):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(inprocess, "make_decoder", full)
+    with pytest.raises(UserError, match=r"engine\.dtype=bfloat16.*sampler\.max_new_tokens"):
+        list(InProcessEngine(model, tokenizer).generate(deque([Request(0, (5, 6), SamplingParams())])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from answer_none import BY_HAND, NONE
@@ -12,7 +13,19 @@ from answer_rows import GASES, LETTERS, NUMBERS, STRINGS, TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emreason.questions.answers import answer_line_complete, check, correct, extract, normalise, parse_number, statement_start
+from emreason.models.tiny import tiny_tokenizer
+from emreason.questions.answers import (
+    TAIL,
+    answer_line_complete,
+    check,
+    correct,
+    extract,
+    normalise,
+    parse_number,
+    statement_start,
+    stop_at_answer,
+)
+from emreason.questions.grammar.thinking import said
 from emreason.questions.prompts import render_completion
 from emreason.schemes.samplers import is_trivial
 from emreason.types import Question, UserError
@@ -531,3 +544,29 @@ def test_time_is_linear_in_length(unit):
     for question in (GAS, TEXT):
         short, long = (seconds("Answer: B " + unit * (n // len(unit)), question) for n in (20_000, 40_000))
         assert long < 3 * short + 0.005
+
+
+PIECES = ["Answer: B\n", "Answer: 7\n", "so\n", "the answer is B\n", "#### 7\n", "\\boxed{\n7\n}\n", "Answer: \\boxed{\n7\n}\n", "\n",
+          "<answer>\nB\n</answer>\n", "<think>\n", "</think>\n", "if so, ", "Wait, no.\n",
+          "1 + 1 = 2, and then 3 + 4 = 7, as was asked\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("question", [CHOICE, Question("n", "3 + 4 = ?", "7", "number")], ids=["choice", "number"])
+@given(st.lists(st.sampled_from(PIECES), max_size=12))
+def test_the_stop_check_ends_where_the_whole_text_would_end_it(question, pieces):
+    """It reads the end first; where that holds no cue, nothing more is decoded."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("".join(pieces), add_special_tokens=False)
+    stop = stop_at_answer(question, tokenizer, ())
+    ends = [n for n in range(1, len(ids) + 1) if "\n" in tokenizer.decode(ids[n - 1 : n])]
+    whole = next((n for n in ends if answer_line_complete(said(ids[:n], (), tokenizer), question)), None)
+    assert next((n for n in ends if stop(ids[:n])), None) == whole
+
+
+def test_the_stop_check_of_a_long_text_decodes_its_end_only():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("three and four are seven\n" * 40, add_special_tokens=False)
+    decoded = []
+    counting = SimpleNamespace(decode=lambda some: (decoded.append(len(some)), tokenizer.decode(some))[1])
+    assert not stop_at_answer(CHOICE, counting, ())(ids)
+    assert decoded == [TAIL]

@@ -15,6 +15,7 @@ from test_samplers import scheme
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
+from emreason.em.ranks import Ranks
 from emreason.runs.journal import Journal
 from emreason.types import UserError
 
@@ -45,7 +46,7 @@ def run(folder: Path, name: str, devices: int) -> dict:
     module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda request: right(index[request.key[0]], request.key[1])))
     journal = Journal(folder / name / str(devices))
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        max_epochs=2, accelerator="cpu", devices=devices, strategy=Ranks() if devices > 1 else "auto", logger=False,
         callbacks=[EStep(scheme_, questions, journal, seed=1)], enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, inference_mode=False,
         use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder,

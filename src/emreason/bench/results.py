@@ -162,7 +162,11 @@ def _columns(phase: str) -> dict[str, Any]:
     if phase == "growth":
         return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}
     if phase == "family":
-        speeds = {"tokens/s": _number("tokens_per_second", ".0f"), "generate": _number("generate_tokens_per_second", ".0f"), "ours / it": ours}
+        speeds = {
+            "tokens/s": _number("tokens_per_second", ".0f"),
+            "generate": _number("generate_tokens_per_second", ".0f"),
+            "ours / it": ours,
+        }
         return {"decoder": lambda row: row["decoder"], **speeds, "rows with its ids": _number("equal_rows", ".0f")}
     columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
     columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "GB": memory}

@@ -29,9 +29,12 @@ from emreason.schemes.weights import remembered, score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
 from emreason.scores.probes import faithful
 from emreason.scores.scoring import Stopwatch, mean
-from emreason.types import Question, Rationale, plain
+from emreason.types import EngineApart, Question, Rationale, plain
 
 log = logging.getLogger(__name__)
+
+GAP_SAMPLE = 8
+"""Attempts of a rank that the model scores, too, where the engine has weights of its own."""
 
 
 def iterations_done(trainer: L.Trainer) -> int:
@@ -111,6 +114,9 @@ class EStep(Callback):
             with doing(f"E-step {iteration}, faithfulness of {len(accepted)} rationales"):
                 agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
             self.record["faithful_rate"] = mean(agree)
+        if isinstance(module.engine, EngineApart):
+            self.record["logprob_gap"] = mean(gather(self._gaps(attempts, by_id, module, iteration)))
+            module.engine.rest()
         release_memory()  # the engine's cache, before the M-step's activations
         map_large_blocks()
         which = {"seed": self.seed, "iteration": iteration, "rank": trainer.global_rank, "world_size": trainer.world_size}
@@ -139,6 +145,15 @@ class EStep(Callback):
                 done = is_settled(of_question[rationale.question_id], self.scheme)
                 progress.update(int(done), rationale.n_tokens, f"accepted {len(accepted) / len(of_question):.0%}")
         return attempts
+
+    def _gaps(self, attempts: list[Rationale], by_id: dict[str, Question], module: EMModule, iteration: int) -> list[float]:
+        """|log π of the engine − log π of the model| a token, nats, of a few of this rank's attempts."""
+        drawn = [r for r in attempts if r.token_ids]
+        drawn = drawn[:: -(-len(drawn) // GAP_SAMPLE) or 1]
+        examples = self.scheme.n_examples(iteration)
+        pairs = [(module.prompts.ids(by_id[r.question_id], r.proposal, examples), r.token_ids) for r in drawn]
+        scored = completion_logprobs(module.model, pairs)
+        return [abs(r.logprob - own) / len(r.token_ids) for r, own in zip(drawn, scored, strict=True)]
 
     def conditions(self, module: EMModule) -> dict[str, Any]:
         """What the draws of an E-step depend on; a journal drawn under other conditions is not replayed."""

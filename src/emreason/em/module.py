@@ -75,6 +75,7 @@ class EMModule(L.LightningModule):
         parameters = self.trainable()
         if any(p.dtype == torch.bfloat16 for p in parameters):
             self._masters = master_weights(parameters, self._restored_masters)
+            self._restored_masters = None
             optimizer = self.make_optimizer(self._masters)
             optimizer.register_step_post_hook(lambda *_: publish(self._masters, self.trainable(), self.seed))
         else:
@@ -123,6 +124,13 @@ class EMModule(L.LightningModule):
         self._sums, self._steps = self._sums + totals.cpu(), self._steps + 1
         values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
+
+    def on_train_end(self) -> None:
+        """The test needs neither moments, which Lightning would copy to the host, nor masters, which hooks hold on to."""
+        for optimizer in self.trainer.strategy.optimizers:
+            optimizer.state.clear()
+        for master in self._masters:
+            master.data = master.data.new_empty(0)
 
     def finish_m_step(self) -> dict[str, Any]:
         """This iteration's M-step: mean NLL per supervised token (nats), optimizer steps, supervised tokens, seconds; closed once asked."""

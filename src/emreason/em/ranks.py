@@ -1,13 +1,35 @@
-"""Sums and lists over ranks. In a run of one rank what is given comes back."""
+"""Sums and lists over ranks, and how Lightning holds these together. In a run of one rank what is given comes back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for one whose E-step or evaluation takes longer; a rank that dies is heard of at once."""
+
+
+class Ranks(DDPStrategy):
+    """Ranks with the same weights, sent by the first one at the start.
+
+    Without DDP's wrapper, whose gradient buckets are 4 bytes a parameter that nobody reads: the M-step sums gradients itself.
+    """
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        for parameter in self.model.parameters():
+            dist.broadcast(parameter.detach(), 0)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if several():
+            dist.barrier(_patient(dist.group.WORLD))
 
 
 def several() -> bool:
@@ -41,5 +63,11 @@ def gather(items: list[Any]) -> list[Any]:
     if not several():
         return items
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, _patient(dist.group.WORLD))
     return [item for part in parts for item in part]
+
+
+@lru_cache(maxsize=1)
+def _patient(world: Any) -> Any:  # noqa: ARG001  (another world is another group)
+    """All ranks, for what may have to wait for hours: NCCL gives up after ten minutes, Lightning's default after thirty."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -1,7 +1,9 @@
 """Continuous batching on the training weights themselves: requests in, completions out as they finish.
 
 A draw depends on the weights, the prompt, the sampling parameters and the request's seed alone: token t takes one uniform number
-hashed from (seed, t) through the inverse CDF of its distribution, so neither the batch nor the order of requests shows in it.
+hashed from (seed, t) through the inverse CDF of its distribution, so neither the batch nor the order of requests shows in it. That is
+exact where a row's logits are the same in every batch, as on CPUs in float32; on CUDA, and in bfloat16, matrix products round by the
+batch's size, and a draw whose uniform number lies within that rounding of two tokens' border may come out as the other one.
 """
 
 from __future__ import annotations
@@ -87,15 +89,15 @@ class InProcessEngine:
         finite.
         """
         with evaluating(self.model):
-            # Inference mode is per thread: it must not be on while the consumer runs between two yields.
-            with torch.inference_mode():
-                batch = _Batch(self, make_decoder(self.model, self.dtype))
+            batch: _Batch | None = None
             try:
-                while requests or batch.rows:
+                while requests or (batch is not None and batch.rows):
                     done: list[Completion] = []
                     full = False
+                    # Inference mode is per thread: it must not be on while the consumer runs between two yields.
                     with torch.inference_mode():
                         try:
+                            batch = batch or _Batch(self, make_decoder(self.model, self.dtype))
                             batch.admit(requests, done)
                             if batch.rows:
                                 done += batch.step()
@@ -104,12 +106,11 @@ class InProcessEngine:
                             if not full:
                                 raise
                         if full:  # outside the handler, whose traceback would keep the old cache alive
-                            unfinished = [row.request for row in batch.live()]
+                            unfinished = [row.request for row in batch.live()] if batch is not None else []
                             self._halve(len(unfinished))
                             requests.extendleft(reversed(unfinished))
-                            del batch
+                            batch = None
                             release_memory()
-                            batch = _Batch(self, make_decoder(self.model, self.dtype))
                     yield from done
             finally:
                 self.stats.live = 0

@@ -1,47 +1,42 @@
 """vLLM as the engine: for models and GPUs where its kernels beat the in-process engine (extra `[vllm]`).
 
-vLLM runs in a process of its own beside the trainer, one per rank. Before every `generate` it is given the training weights, adapters
-merged, through a folder of safetensors in shared memory, and forgets its prefix cache; afterwards it sleeps, which on a GPU hands back the
-memory of weights and K/V for the M-step.
+vLLM runs in a process of its own beside the trainer, one per rank, or as a server that all ranks share. It is given the training weights
+(`handover.py`) when they have changed since it had them last, and then forgets its prefix cache. It stays awake from one `generate` to the
+next; `rest`, before an M-step, hands the GPU memory of its weights and K/V back.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
-import tempfile
+import re
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from emreason.engines.handover import TakeWeights, hand_over, version
 from emreason.engines.inprocess import eos_token_ids
+from emreason.engines.server import Drawn, Server
 from emreason.models.families import base_causal_lm
 from emreason.models.loading import drop_quantization
-from emreason.models.masters import dithered
+from emreason.models.memory import release_memory
+from emreason.models.sizes import cache_root
 from emreason.types import Completion, Request, UserError
-
-SHARD_BYTES = 2**31
-"""Weights written at once: what the copy of a big model adds to host memory."""
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of a step on a CPU, where prompts are not cut: at least a whole context."""
 
+SPARE = 0.08
+"""Share of a GPU left for CUDA's contexts and for the trainer's scoring passes while vLLM is awake."""
 
-class TakeWeights:
-    """What vLLM's workers learn: to replace their weights in place. A mix-in of vLLM's own worker class."""
-
-    def take_weights(self: Any, folder: str) -> None:
-        """Load the checkpoint in `folder` over the weights in use."""
-        self.reload_weights(weights_path=folder)
-        # a head tied to the embedding is skipped by the loader, and on CPUs it multiplies by a packed copy made when the engine started
-        head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
-        if hasattr(head, "quant_method"):
-            head.quant_method.process_weights_after_loading(head)
+HIDDEN = re.compile(
+    r"TORCHELASTIC_\w+|GROUP_\w+|ROLE_\w+|(?:LOCAL_)?(?:RANK|WORLD_SIZE)|NODE_RANK|MASTER_(?:ADDR|PORT)|PYTORCH_(?:CUDA_)?ALLOC_CONF"
+)
+"""What vLLM must not see: it would join torchrun's ranks, and its sleep does not work with the allocator's expandable segments."""
 
 
 class VllmEngine:
@@ -50,12 +45,14 @@ class VllmEngine:
     Args:
         max_batch: requests in flight; a failed question's next attempt waits for a free one of them.
         dtype: precision of vLLM's copy (None: the model's own).
-        memory: share of the GPU's memory that vLLM may take while it samples.
+        memory: share of the GPU's memory that vLLM may take while it samples (None: what training leaves).
         max_length: prompt + completion, tokens (None: the model's context).
         options: further arguments of `vllm.LLM`.
+        server: URL of a vLLM server to use instead; `server.py` says how it must have been started.
+        shared: a folder that trainer and server both see, where weights pass (None: they are on one machine).
 
     Raises:
-        UserError: vLLM is not installed, or the model is quantised.
+        UserError: vLLM is not installed, the model is quantised, or the server does not answer.
     """
 
     def __init__(
@@ -65,26 +62,32 @@ class VllmEngine:
         *,
         max_batch: int = 256,
         dtype: torch.dtype | None = None,
-        memory: float = 0.5,
+        memory: float | None = None,
         max_length: int | None = None,
         options: dict[str, Any] | None = None,
+        server: str | None = None,
+        shared: str | None = None,
     ):
         if any(not p.is_floating_point() or p.element_size() < 2 for p in model.parameters()):
             # merged into 4 or 8 bits an adapter would lose its digits (trl#3466)
             raise UserError("engine=vllm cannot take the weights of a quantised model; load it in bfloat16, or use engine=inprocess.")
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError("engine=vllm needs vLLM: pip install 'emreason[vllm]', or use engine=inprocess.") from error
-        self.vllm: Any = vllm
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.model, self.tokenizer, self.max_batch, self.memory, self.shared = model, tokenizer, max_batch, memory, shared
         self.dtype = dtype or next(model.parameters()).dtype
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         config = base_causal_lm(model).config
         self.context = max_length or int(getattr(config, "max_position_embeddings", None) or 2048)
-        self.options = {"gpu_memory_utilization": memory, "max_num_seqs": max_batch, **(options or {})}
-        self._llm: Any = None
+        self.options = {"max_num_seqs": max_batch, **(options or {})}
+        self._vllm: Server | LocalVllm | None = None
+        self._held: int | None = None
         self._newline: dict[int, bool] = {}
+        if server is not None:
+            self._vllm = Server(server, max_batch)
+            self.context = min(self.context, self._vllm.context)
+            return
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise UserError("engine=vllm needs vLLM: pip install 'emreason[vllm]', or use engine=inprocess.") from error
 
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:
         """Yield a completion per request as soon as it is drawn; see `types.Engine`.
@@ -93,7 +96,7 @@ class VllmEngine:
         tokens and finish reason `error`.
         """
         engine = self._ready()
-        running: dict[str, Request] = {}
+        running: dict[str, tuple[Request, int]] = {}  # and how many tokens have been looked at
         number = 0
         try:
             while requests or running:
@@ -105,146 +108,202 @@ class VllmEngine:
                         yield Completion(request, (), 0.0, "length" if empty else "error")
                         continue
                     name, number = str(number), number + 1
-                    running[name] = request
-                    engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, self._params(request, room))
-                for output in engine.step() if running else []:
-                    completion = self._finished(running[output.request_id], output)
+                    running[name] = request, 0
+                    engine.add(name, list(request.prompt_ids), self._params(request, room))
+                for drawn in engine.step() if running else []:
+                    request, seen = running[drawn.name]
+                    completion = self._finished(request, seen, drawn)
+                    running[drawn.name] = request, len(drawn.ids)
                     if completion is not None:
-                        if not output.finished:
-                            engine.abort_request([output.request_id])
-                        del running[output.request_id]
+                        if drawn.ended is None:
+                            engine.abort([drawn.name])
+                        del running[drawn.name]
                         yield completion
         finally:
-            if running:
-                engine.abort_request(list(running))
-            if self.device_type == "cuda":
-                self._llm.sleep(level=2)
+            engine.abort(list(running))
 
-    @property
-    def device_type(self) -> str:
-        return "cuda" if self.vllm.platforms.current_platform.is_cuda_alike() else "cpu"
+    def rest(self) -> None:
+        """Hand back the GPU memory of vLLM's weights and K/V until the next `generate`; nothing where vLLM has a GPU of its own."""
+        if self._vllm is not None and self._vllm.sleep():
+            self._held = None  # the weights are gone
 
-    def _params(self, request: Request, room: int) -> Any:
-        return self.vllm.SamplingParams(
-            temperature=request.params.temperature,
-            top_p=request.params.top_p,
-            top_k=0,
-            max_tokens=room,
-            seed=request.seed % 2**63,
-            stop_token_ids=sorted(self.eos_ids),
-            ignore_eos=False,
-            logprobs=0,  # of the token drawn; vLLM's are those at temperature 1
-            detokenize=False,
-        )
+    def _params(self, request: Request, room: int) -> dict[str, Any]:
+        return {
+            "temperature": request.params.temperature,
+            "top_p": request.params.top_p,
+            "top_k": 0,
+            "max_tokens": room,
+            "seed": request.seed % 2**63,
+            "stop_token_ids": sorted(self.eos_ids),
+            "logprobs": 0,  # of the token drawn; vLLM's are those at temperature 1
+        }
 
-    def _finished(self, request: Request, output: Any) -> Completion | None:
-        """The completion, if it has ended: by vLLM, or here at its answer line."""
-        drawn = output.outputs[0]
-        ids = list(drawn.token_ids)
-        reason: Any = None
-        # at an answer line the tokens after it, which vLLM may have drawn ahead, are dropped
-        if request.stop is not None and ids and ids[-1] not in self.eos_ids and self._has_newline(ids[-1]) and request.stop(ids):
-            reason = "answer"
-        elif output.finished:
-            reason = "length" if drawn.finish_reason == "length" else "stop"
-        if reason is None:
+    def _finished(self, request: Request, seen: int, drawn: Drawn) -> Completion | None:
+        """The completion, if it has ended: by vLLM, or here at its answer line; tokens after that, drawn ahead, are dropped."""
+        for n in range(seen + 1, len(drawn.ids) + 1) if request.stop is not None else ():
+            token, ids = drawn.ids[n - 1], drawn.ids[:n]
+            if token not in self.eos_ids and self._has_newline(token) and request.stop(ids):  # type: ignore[misc]
+                return Completion(request, tuple(ids), float(sum(drawn.logprobs[:n])), "answer")
+        if drawn.ended is None:
             return None
-        logprob = sum(entry[token].logprob for entry, token in zip(drawn.logprobs, ids, strict=True))
-        return Completion(request, tuple(ids), float(logprob), reason)
+        return Completion(request, tuple(drawn.ids), float(sum(drawn.logprobs)), "length" if drawn.ended == "length" else "stop")
 
     def _has_newline(self, token: int) -> bool:
         if token not in self._newline:
             self._newline[token] = "\n" in self.tokenizer.decode([token])
         return self._newline[token]
 
-    def _ready(self) -> Any:
-        """vLLM's engine, awake, with today's weights and nothing cached."""
-        folder = Path(tempfile.mkdtemp(prefix="emreason-", dir=shared if (shared := Path("/dev/shm")).is_dir() else None))
-        try:
-            self._write(folder)
-            if self._llm is None:
-                self._llm = self._start(folder)
-            else:
-                if self.device_type == "cuda":
-                    self._llm.wake_up()
-                self._llm.collective_rpc("take_weights", args=(str(folder),))
-            self._llm.reset_prefix_cache()  # it outlives a change of weights
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return self._llm.llm_engine
+    def _ready(self) -> Server | LocalVllm:
+        """vLLM, awake, with today's weights and nothing cached of earlier ones."""
+        if self._vllm is None:
+            self._vllm = LocalVllm(self._start())
+        held = version(self.model)
+        with self._vllm.awake():  # its weights' memory first: no room is needed for K/V while they are loaded (vllm#29341)
+            if held != self._held and self._vllm.wants(self.model):
+                hand_over(self.model, self.dtype, self._vllm.call, on_device=self._through_gpu(), folder=self.shared)
+                self._vllm.took(self.model)
+        self._held = held
+        return self._vllm
 
-    def _start(self, folder: Path) -> Any:
-        # a rank's vLLM is its own world: it must not join torchrun's, and sees this rank's GPU only
-        hidden = {
-            name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name in os.environ
-        }
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            listed = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-            os.environ["CUDA_VISIBLE_DEVICES"] = listed[device.index or 0]
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads and CUDA hangs
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        try:
-            make = self.vllm.LLM
-            uncut: dict[str, Any] = {}
-            if self.device_type == "cpu":  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
-                most = max(self.context, self.max_batch, PREFILL_TOKENS)
-                uncut = {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
-            return make(
+    def _through_gpu(self) -> bool:
+        return isinstance(self._vllm, LocalVllm) and next(self.model.parameters()).is_cuda
+
+    def _start(self) -> Any:
+        """vLLM's own engine, with random weights; from a folder of a fixed name, which is part of its compile cache's key (vllm#53193)."""
+        import vllm
+        from vllm.platforms import current_platform
+
+        base = base_causal_lm(self.model)
+        drop_quantization(base)
+        config = base.config.to_json_string()
+        folder = cache_root() / "vllm" / hashlib.blake2b(config.encode(), digest_size=8).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        base.config.save_pretrained(folder)
+        on_gpu = current_platform.is_cuda_alike()
+        options: dict[str, Any] = {"enable_sleep_mode": on_gpu, "gpu_memory_utilization": 0.5 if self.memory is None else self.memory}
+        if not on_gpu:  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, self.max_batch, PREFILL_TOKENS)}
+        gpu = next(self.model.parameters()).device
+        if gpu.type == "cuda":
+            release_memory()
+            options |= {} if self.memory is not None else {"gpu_memory_utilization": share(self.model, self.dtype, gpu)}
+        with apart(gpu, int(self.options.get("tensor_parallel_size", 1))):
+            return vllm.LLM(
                 model=str(folder),
+                load_format="dummy",
                 skip_tokenizer_init=True,
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self.context,
-                enable_sleep_mode=self.device_type == "cuda",
                 seed=0,
                 worker_extension_cls=f"{TakeWeights.__module__}.{TakeWeights.__name__}",
-                **(uncut | self.options),
+                **(options | self.options),
             )
-        finally:
-            os.environ.update(hidden)
-            if device.type == "cuda":
-                os.environ.pop("CUDA_VISIBLE_DEVICES")
-                if visible is not None:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = visible
-
-    @torch.no_grad()
-    def _write(self, folder: Path) -> None:
-        """The model as a checkpoint in `folder`, adapters merged in fp32, at most SHARD_BYTES of copies in memory."""
-        base = base_causal_lm(self.model)
-        drop_quantization(base)
-        base.config.save_pretrained(folder)
-        shard: dict[str, torch.Tensor] = {}
-        size, number = 0, 0
-        for name, tensor in merged_weights(self.model):
-            merged = tensor.dtype == torch.float32 and self.dtype == torch.bfloat16
-            shard[name] = (dithered(tensor) if merged else tensor).to(device="cpu", dtype=self.dtype).contiguous().clone()
-            size += shard[name].nbytes
-            if size >= SHARD_BYTES:
-                save_file(shard, folder / f"model-{number}.safetensors", {"format": "pt"})
-                shard, size, number = {}, 0, number + 1
-        save_file(shard, folder / f"model-{number}.safetensors", {"format": "pt"})
 
 
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every parameter of the transformers model, LoRA adapters merged in fp32; tied parameters once.
+class LocalVllm:
+    """A `vllm.LLM` of this rank's own."""
+
+    def __init__(self, llm: Any):
+        self.llm, self.asleep = llm, False
+
+    def add(self, name: str, prompt_ids: list[int], params: dict[str, Any]) -> None:
+        import vllm
+
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt_ids}, vllm.SamplingParams(**params, detokenize=False))
+
+    def step(self) -> list[Drawn]:
+        found = []
+        for output in self.llm.llm_engine.step():
+            one = output.outputs[0]
+            ids = list(one.token_ids)
+            logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, ids, strict=True)]
+            found.append(Drawn(output.request_id, ids, logprobs, (one.finish_reason or "stop") if output.finished else None))
+        return found
+
+    def abort(self, names: list[str]) -> None:
+        if names:
+            self.llm.llm_engine.abort_request(names)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.llm.collective_rpc(name, args=arguments)
+
+    def wants(self, model: nn.Module) -> bool:  # noqa: ARG002
+        return True
+
+    def took(self, model: nn.Module) -> None:  # noqa: ARG002
+        self.llm.reset_prefix_cache()  # it outlives a change of weights
+
+    def sleep(self) -> bool:
+        """Whether memory was handed back."""
+        if not self.asleep and self.llm.llm_engine.model_config.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self.asleep = True
+        return self.asleep
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside there is memory for the weights, afterwards for K/V too."""
+        if self.asleep:
+            release_memory()
+            self.llm.wake_up(tags=["weights"])
+        yield
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.asleep = False
+
+
+def share(model: nn.Module, dtype: torch.dtype, gpu: torch.device) -> float:
+    """The share of a GPU's memory that training leaves: what is free or ours, less weights, fp32 masters and Adam's moments.
+
+    Gradients and activations are not there while vLLM is awake.
 
     Raises:
-        UserError: an adapter that is not a LoRA.
+        UserError: it does not hold vLLM's weights.
     """
-    if not hasattr(model, "peft_config"):
-        yield from model.named_parameters()
-        return
-    for name, module in base_causal_lm(model).named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-            weight = module.base_layer.weight.float()
-            for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter).float()
-            yield f"{name}.weight", weight
-            if getattr(module.base_layer, "bias", None) is not None:
-                yield f"{name}.bias", module.base_layer.bias
-        elif not any(part in name.split(".") for part in ("base_layer", "lora_A", "lora_B", "lora_dropout")):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if leaf.startswith("lora_"):
-                    raise UserError("engine=vllm can merge LoRA adapters of linear layers only; use engine=inprocess.")
-                yield f"{name}.{leaf}" if name else leaf, parameter
+    free, whole = torch.cuda.mem_get_info(gpu)
+    ours = free + torch.cuda.memory_reserved(gpu)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = sum(p.nbytes for p in model.parameters()) + sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)
+    left = ours - kept - SPARE * whole
+    needed = 1.1 * sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if left < needed:
+        gib = 2**30
+        raise UserError(
+            f"engine=vllm: of the GPU's {whole / gib:.0f} GiB training keeps {kept / gib:.0f} between its steps and leaves "
+            f"{max(left, 0) / gib:.0f} to vLLM, which needs over {needed / gib:.0f}; use peft=lora, engine=inprocess or a smaller model."
+        )
+    return int(100 * left / whole) / 100
+
+
+@contextmanager
+def apart(gpu: torch.device, gpus: int) -> Iterator[None]:
+    """An environment for a vLLM of this rank's own: no ranks to join, this rank's GPU first, then `gpus` - 1 that nobody trains on.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    before = dict(os.environ)
+    chosen = ""
+    if gpu.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        listed = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        mine = gpu.index or 0
+        training = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        spare = listed[training:][mine * (gpus - 1) :][: gpus - 1]
+        if gpus > 1 and training * gpus > len(listed):
+            raise UserError(
+                f"engine.options.tensor_parallel_size={gpus}: each of the {training} ranks needs {gpus} GPUs, of which it trains on one, "
+                f"but there are {len(listed)}; lower it or trainer.devices, or give vLLM its own: engine.server=URL."
+            )
+        chosen = ",".join([listed[mine], *spare])
+    for name in [name for name in before if HIDDEN.fullmatch(name)]:
+        del os.environ[name]
+    os.environ |= {"CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads and CUDA hangs
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -88,7 +88,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device memory ran out; torch has a class of its own for devices only."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    said = ("allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from typing import Any
 
 from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
-from emreason.questions.grammar.statements import Statement, statements
+from emreason.questions.grammar.statements import Statement, may_state, statements
 from emreason.questions.grammar.thinking import said
 from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
 from emreason.types import Question, UserError
+
+TAIL = 64
+"""Tokens at the end of a completion that are looked at first."""
 
 LINE = 1000
 """Characters of a line in which a letter or a number is looked for."""
@@ -64,8 +67,20 @@ def answer_line_complete(text: str, question: Question) -> bool:
 
 
 def stop_at_answer(question: Question, tokenizer: Any, prompt_ids: Sequence[int]) -> Callable[[list[int]], bool]:
-    """The `stop` of a request: whether the tokens so far hold a complete answer line."""
-    return lambda ids: answer_line_complete(said(ids, prompt_ids, tokenizer), question)
+    """The `stop` of a request: whether the tokens so far hold a complete answer line.
+
+    It is asked at every line's end, and most lines state nothing: where the last tokens hold a whole line and no cue, that is all that is
+    decoded.
+    """
+
+    def stop(ids: list[int]) -> bool:
+        if len(ids) > TAIL:
+            end = str(tokenizer.decode(ids[-TAIL:]))
+            if "\n" in end.rstrip() and not may_state(end):
+                return False
+        return answer_line_complete(said(ids, prompt_ids, tokenizer), question)
+
+    return stop
 
 
 def statement_start(text: str) -> int | None:

@@ -4,9 +4,13 @@ is printed at the end."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ from rich.text import Text
 from emreason.progress import console
 from emreason.runs.checks import check_config_for_secrets, ranks_started
 from emreason.runs.console import EXPECTED, one_sentence
+from emreason.runs.experiment import ranks_of
 from emreason.runs.interrupt import leave_with_launcher
 from emreason.runs.summary import read_summary
 from emreason.types import UserError, plain
@@ -29,6 +34,8 @@ from emreason.types import UserError, plain
 def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """`train` as a job of a sweep; its summary, empty if it failed: the other jobs go on, and the sweep ends with this failure."""
     leave_with_launcher()
+    if re.search("joblib|local", str(HydraConfig.get().launcher.get("_target_")), re.IGNORECASE):
+        claim_gpus(cfg.trainer.get("devices", 1), HydraConfig.get().job.num)
     if several_ranks(cfg):
         return run_apart(folder, HydraConfig.get().overrides.task)
     try:
@@ -41,14 +48,38 @@ def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig
     return summary
 
 
-def several_ranks(cfg: DictConfig) -> bool:
-    """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
+def claim_gpus(wanted: Any, job: int) -> None:
+    """Let this process see GPUs that no other job beside it has, until it ends; by the job's number where there are too few for that.
+
+    Nothing where it is to have all of them (-1, auto), or somebody has chosen for it.
+    """
     import torch
 
-    devices = cfg.trainer.get("devices", 1)
-    if devices in (-1, "auto"):
-        devices = 1 if cfg.trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
-    return (devices > 1 or cfg.trainer.get("num_nodes", 1) > 1) and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]  # NVML's count: CUDA reads this later
+    if type(wanted) is not int or not 0 < wanted < len(gpus) or _claims:
+        return
+    free: list[str] = []
+    for gpu in gpus:
+        file = (Path(tempfile.gettempdir()) / f"emreason-{os.getuid()}-gpu-{gpu}.lock").open("w")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _claims.append(file)
+            free.append(gpu)
+        if len(free) == wanted:
+            break
+    else:
+        free = [gpus[(job * wanted + i) % len(gpus)] for i in range(wanted)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(free)
+
+
+_claims: list[Any] = []
+"""Lock files: open for as long as this process lives, whichever jobs a launcher gives it."""
+
+
+def several_ranks(cfg: DictConfig) -> bool:
+    """Whether Lightning would start processes for this job, unless SLURM or torchrun has started them already."""
+    return ranks_of(cfg) > 1 and "LOCAL_RANK" not in os.environ and "SLURM_NTASKS" not in os.environ
 
 
 def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:

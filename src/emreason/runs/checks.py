@@ -118,7 +118,7 @@ ALLOWED = {
     "trainer.max_epochs": whole(1),
     "trainer.devices": _DEVICES,
     "trainer.num_nodes": whole(1),
-    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda"),
     "trainer.deterministic": one_of(True, False, "warn", None),
     "trainer.benchmark": or_null(FLAG),
     "trainer.detect_anomaly": FLAG,
@@ -192,8 +192,6 @@ def _check_devices(cfg: DictConfig) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and not gpus:
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch can use; use cpu or auto.")
-    if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise UserError("trainer.accelerator=mps: this machine has no Apple GPU; use cpu or auto.")
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
     # a CPU "device" is a process; two may share a core, for tests
     there = gpus if on_gpu else max(os.cpu_count() or 1, 2)

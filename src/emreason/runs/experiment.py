@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Settings:
     evaluation: Any
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
+    several_ranks: bool
     logger: Callable[[Path], Any]
     build: Callable[[str | None], Experiment]
 
@@ -109,7 +112,8 @@ def read(cfg: DictConfig) -> Settings:
         m_step=make(cfg.m_step),
         evaluation=make(cfg.evaluation),
         optimizer=optimizer,
-        trainer=make(cfg.trainer, _partial_=True),
+        trainer=make(cfg.trainer, _partial_=True, accelerator=on(cfg)),
+        several_ranks=cfg.trainer.get("strategy") == "ddp" or ranks_of(cfg) > 1,
         logger=lambda folder: _logger(cfg.logger, folder),
         build=lambda dtype: build(cfg, dtype),
     )
@@ -171,7 +175,9 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
         )
     if rank() == 0:
         say(dataset.understood())
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator not in ("cpu",) else "cpu")
+    device = torch.device(on(cfg))
+    if device.type == "cuda":
+        prepare_cuda(expandable="server" not in cfg.engine)
     precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
     if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
         precision = "float32"  # ranks that measured for themselves could disagree
@@ -187,7 +193,38 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     prompts.check()
-    return Experiment(dataset, prompts, model, tokenizer, engine, chosen)
+    return Experiment(dataset, prompts, model, tokenizer, engine, chosen, device)
+
+
+def on(cfg: DictConfig) -> str:
+    """`cuda` or `cpu`: what `trainer.accelerator` comes to here. Lightning's `auto` would take an Apple GPU, which has no float64."""
+    import torch
+
+    return "cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def ranks_of(cfg: DictConfig) -> int:
+    """How many processes train together."""
+    import torch
+
+    devices = cfg.trainer.get("devices", 1)
+    if devices in (-1, "auto"):
+        devices = torch.cuda.device_count() if on(cfg) == "cuda" else 1
+    return int(devices) * int(cfg.trainer.get("num_nodes", 1))
+
+
+def prepare_cuda(expandable: bool) -> None:
+    """Before the first attention and the first allocation of any size.
+
+    Args:
+        expandable: segments that grow, against fragmentation by batches of every length; not where vLLM shares this process's memory
+            (vllm#14189).
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 23-37 ms, for every shape, and here every step is one
+    if expandable and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def check_same_config(folder: Path, config: str) -> None:

@@ -132,7 +132,7 @@ def _check_names(key: str, node: Any) -> None:
     except Exception as error:  # importing a module can raise anything
         raise UserError(f"{key} ({node['_target_']}): {error}.") from error
     name = node["_target_"].rpartition(".")[2]
-    if name in EXTRAS and not any(importlib.util.find_spec(package) for package in EXTRAS[name]):
+    if name in EXTRAS and not node.get("server") and not any(importlib.util.find_spec(package) for package in EXTRAS[name]):
         raise UserError(f"{key} ({name}): it needs the package {EXTRAS[name][0]}: pip install 'emreason[{EXTRAS[name][0]}]'.")
 
 

@@ -103,6 +103,11 @@ def statements(text: str) -> Iterator[Statement]:
             yield found
 
 
+def may_state(text: str) -> bool:
+    """Whether a statement could begin or, a box, end in `text`."""
+    return "}" in text or _CUE.search(view(text)) is not None
+
+
 def _line_end(plain: str, at: int) -> int:
     end = plain.find("\n", at)
     return len(plain) if end < 0 else end
