@@ -44,7 +44,8 @@ def main(work: dict[str, Any], family: str, shapes: dict[str, Any] = SHAPES) -> 
 
 def measure(family: str, shape: dict[str, Any], device: str) -> dict[str, Any]:
     """One row of the table."""
-    model = random_model({"model_type": family, **COMMON, **shape, **SPECIAL.get(family, {})}).to(device).eval()
+    model: Any = random_model({"model_type": family, **COMMON, **shape, **SPECIAL.get(family, {})})
+    model.to(device).eval()
     draw = random.Random(0)
     prompts = [[draw.randrange(3, shape["vocab_size"]) for _ in range(draw.randrange(16, 48))] for _ in range(ROWS)]
     engine = InProcessEngine(model, tiny_tokenizer(), max_batch=ROWS)
