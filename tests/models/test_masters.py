@@ -98,7 +98,7 @@ SUMS = [((3, 5, 9), 17), ((2, 4, 4), 10), ((7, 1, 6), 14)]
 def test_an_m_step_in_bfloat16_learns_what_float32_learns(lora):
     """On the real model, the loss after 1, 2 and 6 steps. Rounding to nearest loses the first ones: 109 %, 6 % and 2,600 % off."""
     exact, rounded = real_losses(torch.float32, lora), real_losses(torch.bfloat16, lora)
-    assert [rounded[after] for after in (1, 2, 6)] == pytest.approx([exact[after] for after in (1, 2, 6)], rel=0.1)
+    assert [rounded[after] for after in (1, 2, 6)] == pytest.approx([exact[after] for after in (1, 2, 6)], rel=0.1, abs=1e-3)
 
 
 def real_losses(dtype, lora):

@@ -123,19 +123,19 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         g = gradients[0][:, None]
         if not ctx.needs_input_grad[1]:
-            return (ctx.saved_tensors[0] * g).to(ctx.saved_tensors[0].dtype), None, None, None, None
+            (of_x,) = ctx.saved_tensors
+            return (of_x * g).to(of_x.dtype), None, None, None, None
         x, weight, targets, kept = ctx.saved_tensors
-        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        of_x, of_weight, weighed = torch.empty_like(x), torch.zeros_like(weight), (x * g).to(x.dtype)
         for begin in range(0, len(x), ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             of_logits = kept
             if kept is None:
                 of_logits = F.linear(x[part], weight)
                 _target_logprobs(of_logits, targets[part], ctx.temperature)
-            of_logits = of_logits * g[part].to(x.dtype)
             torch.mm(of_logits, weight, out=of_x[part])
-            of_weight.addmm_(of_logits.T, x[part])
-        return of_x, of_weight, None, None, None
+            of_weight.addmm_(of_logits.T, weighed[part])
+        return of_x.mul_(g), of_weight, None, None, None
 
 
 def head_logprobs(causal_lm: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
