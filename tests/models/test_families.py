@@ -12,13 +12,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from emreason.engines import decoder, ops
-from emreason.engines.decoder import ForwardDecoder, FusedDecoder, make_decoder
+from emreason.engines.decoder import FusedDecoder, make_decoder
+from emreason.engines.forward import BatchedDecoder
 from emreason.engines.inprocess import InProcessEngine
-from emreason.models import families, packed
+from emreason.models import families
 from emreason.models.families import base_causal_lm
 from emreason.models.loading import add_lora, export
-from emreason.models.packed import can_pack_rows
 from emreason.models.tiny import tiny_tokenizer
+from emreason.models.training import packed
+from emreason.models.training.packed import can_pack_rows
 from emreason.scores.scoring import token_logprobs
 from emreason.types import Request, SamplingParams
 
@@ -175,8 +177,8 @@ def test_what_was_misread_is_noticed_and_not_computed(family, changes, monkeypat
     for module in (families, packed, decoder):
         monkeypatch.setattr(module, "read_facts", misread)
     model = made(family)
-    assert isinstance(make_decoder(model), ForwardDecoder)
-    assert isinstance(make_decoder(model), ForwardDecoder)
+    assert isinstance(make_decoder(model), BatchedDecoder)
+    assert isinstance(make_decoder(model), BatchedDecoder)
     assert len(caplog.records) == 1
     assert family in caplog.text
     assert not can_pack_rows(model)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from emreason.bench.runners import train_ours
 from emreason.engines.decoder import FusedDecoder
 from emreason.models import loading
-from emreason.models.families import base_causal_lm, linears
+from emreason.models.families import base_causal_lm, read_facts
 from emreason.models.loading import load_gguf, weights_fingerprint
 from emreason.models.memory import let_go
 from emreason.models.sizes import gguf_cache, parameters
@@ -210,8 +210,12 @@ def test_packed_weights_take_the_place_of_the_mapped_ones(file, adapted):
     model, _ = load_gguf(str(file), torch.bfloat16)
     if adapted:
         model = loading.add_lora(model, r=2, alpha=4)
-    layers = base_causal_lm(model).model.layers
-    weights = [getattr(module, "base_layer", module).weight for layer in layers for module in linears(layer)]
+    facts = read_facts(base_causal_lm(model))
+    weights = [
+        getattr(module, "base_layer", module).weight
+        for layer in facts.layers
+        for module in (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+    ]
 
     def held() -> float:
         return sum(map(resident, weights)) / sum(weight.nbytes // 4096 for weight in weights)
@@ -222,5 +226,5 @@ def test_packed_weights_take_the_place_of_the_mapped_ones(file, adapted):
         weight.sum()
     assert held() > 0.9
     with torch.inference_mode():
-        FusedDecoder(base_causal_lm(model))
+        FusedDecoder(base_causal_lm(model), facts)
     assert held() < 0.25

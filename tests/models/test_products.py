@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from emreason.models import products
 from emreason.models.kernels import library
-from emreason.models.packed import prefix_tree
-from emreason.models.products import head_logprobs, product
+from emreason.models.training import products
+from emreason.models.training.packed import prefix_tree
+from emreason.models.training.products import head_logprobs, product
 
 needs_compiler = pytest.mark.skipif(library(torch.bfloat16) is None, reason="no C compiler here: torch's operations are used")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
-from emreason.models.packed import attention, rotate
+from emreason.models.training.packed import attention, rotate
 
 PREFILL_TOKENS = 512
 """Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""

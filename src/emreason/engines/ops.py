@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emreason.models.families import Facts
 from emreason.models.kernels import library
-from emreason.models.packed import attention, rotate
+from emreason.models.training.packed import attention, rotate
 
 ATTENTION_ROWS = 16
 """Rows that attend together on a CPU without `kernels.c`, over the longest of them."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm
-from emreason.models.packed import can_pack_rows, packed_states
-from emreason.models.products import head_logprobs
+from emreason.models.training.packed import can_pack_rows, packed_states
+from emreason.models.training.products import head_logprobs
 from emreason.progress import Bar
 from emreason.questions.answers import correct, extract, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emreason.models.families import Facts, Layer, agrees, final_logits, read_facts
-from emreason.models.products import product
+from emreason.models.training.products import product
 
 
 def can_pack_rows(causal_lm: Any) -> bool:
