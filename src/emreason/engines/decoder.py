@@ -38,8 +38,11 @@ class Decoder(Protocol):
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """Cache the K/V of `tokens` at positions start, start + 1, … of `row`, for each job (row, start, tokens)."""
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached."""
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after `tokens` [B] at positions `lengths` [B], at most `longest`, of rows 0 … B-1; their K/V is cached.
+
+        The caller has reserved `longest + 1` positions.
+        """
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row `target` becomes a copy of the first `length` positions of row `source`, which is free afterwards."""
@@ -150,10 +153,9 @@ class FusedDecoder:
             if i + 1 < len(self.layers):
                 h = self._finish(i, x, attended.flatten(1))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        self.reserve(len(lengths), max(lengths) + 1)
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
         x = self.embedding(tokens).to(self.dtype)
-        plan = self.ops.plan(torch.tensor(lengths, device=self.device), lengths, self.keys[0].shape[2])
+        plan = self.ops.plan(lengths, longest, self.keys[0].shape[2])
         h = self.ops.add_norm(x, None, self.norms[0])
         for i, layer in enumerate(self.layers):
             attended = self.ops.attend(plan, layer.qkv(h), self.cos, self.sin, self.keys[i], self.values[i])
@@ -205,8 +207,8 @@ class ForwardDecoder:
             if tokens:
                 self._forward(row, start, torch.tensor(tokens, device=self.device))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        return torch.cat([self._forward(row, length, tokens[row : row + 1]) for row, length in enumerate(lengths)])
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:  # noqa: ARG002
+        return torch.cat([self._forward(row, length, tokens[row : row + 1]) for row, length in enumerate(lengths.tolist())])
 
     def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
         self.caches[target] = self.caches.pop(source)

@@ -43,9 +43,9 @@ class Kernels:
         self.functions.silu_mul(gate_up.data_ptr(), out.data_ptr(), *out.shape)
         return out
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """What the layers of one step share, for `attend`: rows have `lengths` = `at` [B] cached positions, in caches `width` wide."""
-        return at, torch.empty(len(lengths), self.heads, max(lengths) + 1)
+    def plan(self, at: Tensor, longest: int, width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """What the layers of one step share, for `attend`: rows have `at` [B] cached positions, at most `longest`, in caches `width` wide."""
+        return at, torch.empty(len(at), self.heads, longest + 1)
 
     def attend(self, plan: tuple[Tensor, Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention [B, heads * D] of one new token per row, whose K/V is cached on the way.
@@ -78,14 +78,14 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, list[tuple[slice, int, Tensor]]]:
+    def plan(self, at: Tensor, longest: int, width: int) -> tuple[Tensor, list[tuple[slice, int, Tensor]]]:
         """`at`, and rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]; see `Kernels.plan`."""
-        rows, chunks = len(lengths), []
+        rows, chunks = len(at), []
         size = ATTENTION_ROWS if at.device.type == "cpu" else rows
         positions = torch.arange(width, device=at.device)
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
-            live = max(lengths[part]) + 1
+            live = int(at[part].max()) + 1 if size < rows else longest + 1  # the first on a CPU, where it is no wait
             chunks.append((part, live, positions[:live] <= at[part, None, None, None]))
         return at, chunks
 
