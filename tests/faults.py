@@ -732,8 +732,8 @@ FAULTS = [
     fault(
         "engine: one uniform number for all tokens of a draw",
         "engines/inprocess.py",
-        "[len(row.drawn) for row in rows]",
-        "[0 for row in rows]",
+        "self.state[1::2] += 1",
+        "self.state[1] += 1",
         "engines/test_engine.py::test_every_token_of_every_draw_has_a_number_of_its_own",
     ),
     fault(
@@ -767,7 +767,7 @@ FAULTS = [
     fault(
         "greedy: sampled",
         "engines/drawing.py",
-        "        ids = torch.where(greedy, first_maximum(weights), ids)\n",
+        "        ids = torch.where(shaping.cold > 0, first_maximum(weights), ids)\n",
         "        pass\n",
         "engines/test_engine.py::test_greedy_tokens_equal_generate[llama]",
     ),
@@ -795,15 +795,15 @@ FAULTS = [
     fault(
         "refill: a free row keeps the old length",
         "engines/inprocess.py",
-        "np.asarray(prompt[:-1], dtype=np.int64), len(prompt) - 1, prompt[-1])",
-        "np.asarray(prompt[:-1], dtype=np.int64), len(prompt), prompt[-1])",
+        "return len(self.ids) + len(self.drawn)",
+        "return len(self.ids) + len(self.drawn) + 1",
         "engines/test_engine.py::test_greedy_tokens_equal_generate[llama]",
     ),
     fault(
         "engine: EOS is no stop",
         "engines/inprocess.py",
-        "if row.token in self.eos_ids:",
-        "if row.token == self.tokenizer.eos_token_id:",
+        "END if token in self.eos_ids else",
+        "END if token == self.tokenizer.eos_token_id else",
         "engines/test_engine.py::test_every_eos_id_ends_a_completion",
     ),
     fault(
@@ -816,8 +816,8 @@ FAULTS = [
     fault(
         "engine: stop asked in the middle of a line",
         "engines/inprocess.py",
-        "and self._has_newline(row.token) and",
-        "and",
+        "if kind == LINE_END and self.request.stop",
+        "if self.request.stop",
         "engines/test_engine.py::test_stop_is_asked_after_newlines_only",
     ),
     fault(
@@ -1436,5 +1436,13 @@ FAULTS = [
         "and not may_state(end):",
         "and may_state(end):",
         "questions/test_answers.py::test_the_stop_check_ends_where_the_whole_text_would_end_it",
+    ),
+    # --- engines/inprocess.py: several steps between two looks
+    fault(
+        "looks: what is drawn beyond the end is kept",
+        "engines/inprocess.py",
+        '            if len(self.drawn) >= self.room:\n                return "length"\n        return None\n',
+        '        return "length" if len(self.drawn) >= self.room else None\n',
+        "engines/test_engine.py::test_what_is_drawn_between_two_looks_is_what_is_drawn_one_by_one",
     ),
 ]

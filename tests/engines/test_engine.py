@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from emreason.engines.decoder import FusedDecoder, make_decoder
-from emreason.engines.drawing import counter_uniforms, draw, inverse_cdf, keep_nucleus
+from emreason.engines.drawing import Shaping, counter_uniforms, draw, inverse_cdf, keep_nucleus, signed
 from emreason.engines.forward import BatchedDecoder
 from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
 from emreason.engines.packing import PackedLinear, can_prepack
@@ -277,8 +277,29 @@ def test_every_token_of_every_draw_has_a_number_of_its_own() -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
     for completion in complete(model, requests(9, new=12), max_batch=4).values():
         n = len(completion.token_ids)
-        uniforms = counter_uniforms([completion.request.seed] * n, range(n))
-        assert completion.token_ids == tuple((uniforms * VOCABULARY).astype(int))
+        uniforms = counter_uniforms(torch.full((n,), completion.request.seed), torch.arange(n))
+        assert completion.token_ids == tuple((uniforms * VOCABULARY).long().tolist())
+
+
+@pytest.mark.parametrize("every", [2, 7])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_drawn_between_two_looks_is_what_is_drawn_one_by_one(kind: str, every: int) -> None:
+    """Rows end within a round, at an EOS, a line or a limit; what they draw beyond that is dropped, and others take their places."""
+    model = MODELS[kind]()
+    free = complete(model, requests(6, new=30))
+    model.generation_config.eos_token_id = [EOS, free[2].token_ids[3], free[4].token_ids[6]]
+    limits = [SamplingParams(i % 3 / 2, 1.0, 9 + i) for i in range(12)]
+    work = [Request(i, r.prompt_ids, limits[i], r.seed, lambda ids: len(ids) > 5) for i, r in enumerate(requests(12))]
+    work.append(
+        Request("full", tuple(range(3, 30)) * 4 + tuple(range(3, 20)), SamplingParams(max_new_tokens=50), 1)
+    )  # ends at the context's end
+    one_by_one, several = (InProcessEngine(model, Letters(), max_batch=4) for _ in range(2))
+    several.look_every = every
+    drawn, again = ({c.request.key: c for c in engine.generate(deque(work))} for engine in (one_by_one, several))
+    assert {c.finish_reason for c in drawn.values()} == {"stop", "answer", "length"}
+    assert {k: (c.token_ids, c.finish_reason) for k, c in again.items()} == {k: (c.token_ids, c.finish_reason) for k, c in drawn.items()}
+    assert all(again[k].logprob == pytest.approx(drawn[k].logprob, abs=1e-3) for k in drawn)
+    assert several.stats.generated == one_by_one.stats.generated == sum(len(c.token_ids) for c in drawn.values())
 
 
 def test_finish_reasons_and_limits() -> None:
@@ -441,7 +462,7 @@ def test_what_a_kept_prefix_says_is_there_is_there(capacity: int, prompts: list[
 
 
 def test_uniforms() -> None:
-    u = counter_uniforms([s for s in range(-100, 100) for _ in range(100)], list(range(100)) * 200)
+    u = counter_uniforms(torch.arange(-100, 100).repeat_interleave(100), torch.arange(100).repeat(200)).numpy()
     assert u.dtype == np.float64
     assert u.min() >= 0
     assert u.max() < 1
@@ -450,7 +471,19 @@ def test_uniforms() -> None:
     grid = u.reshape(200, 100)
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
     assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.03
-    assert counter_uniforms([2**64 + 5], [3]) == counter_uniforms([5], [3])
+    assert [signed(s) for s in (2**64 + 5, -1, 2**64 - 1, 2**63, 2**63 - 1)] == [5, -1, -1, -(2**63), 2**63 - 1]
+
+
+@given(seed=st.integers(-(2**70), 2**70), counter=st.integers(0, 2**20))
+def test_uniforms_are_splitmix64(seed: int, counter: int) -> None:
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    expected = (mix((mix((seed + golden) % 2**64) + (counter + 1) * golden) % 2**64) >> 11) * 2.0**-53
+    assert counter_uniforms(torch.tensor([signed(seed)]), torch.tensor([counter])).tolist() == [expected]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 256, 300, 1000])
@@ -473,7 +506,7 @@ def test_nucleus_and_temperature_zero_in_one_batch() -> None:
     assert keep_nucleus(weights, torch.tensor([0.49, 0.6])).tolist() == [[0.0, 0.5, 0.0, 0.0], pytest.approx([0.0, 0.5, 0.2, 0.0])]
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 4)
     params = [SamplingParams(0), SamplingParams(1, 0.01), SamplingParams(1), SamplingParams(50.0)]
-    ids, logprobs = draw(logits.clone(), np.array([0.99, 0.99, 0.999, 0.99]), params)
+    ids, logprobs = draw(logits.clone(), torch.tensor([0.99, 0.99, 0.999, 0.99], dtype=torch.float64), Shaping.of(params, logits.device))
     assert ids.tolist() == [1, 1, 2, 2]
     assert torch.allclose(logprobs, logits[0].log_softmax(-1)[ids])
 

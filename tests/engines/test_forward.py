@@ -188,7 +188,8 @@ def test_a_prompt_continues_what_its_row_holds(name: str) -> None:
             decoder.prefill([(1, 0, row[:20]), (0, 0, row[:3])])
             decoder.move(1, 0, 20)
             decoder.prefill([(0, 20, row[20:39]), (1, 0, row[:9])])
-            logits = decoder.decode(ids[0, [39, 9]], [39, 9])
+            decoder.reserve(2, 40)
+            logits = decoder.decode(ids[0, [39, 9]], torch.tensor([39, 9]), 39)
             torch.testing.assert_close(logits, expected[[39, 9]], atol=1e-4, rtol=1e-4)
 
 
@@ -227,5 +228,6 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     with torch.inference_mode():
         decoder.prefill([(0, 0, [5, 6, 7]), (1, 0, [5, 6])])
         with Waits() as waits:
-            decoder.decode(torch.tensor([3, 4]), [3, 2])
+            decoder.reserve(2, 4)
+            decoder.decode(torch.tensor([3, 4]), torch.tensor([3, 2]), 3)
     assert waits.count == 0

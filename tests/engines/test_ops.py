@@ -28,11 +28,13 @@ KINDS = {  # of a model: facts that the operations depend on, and its window
 }
 
 
-def both(dtype, heads, dim, kind="llama"):
+def both(dtype, heads, dim, kind="llama", kv_heads=1):
     facts = read_facts(load_tiny("llama")[0])
     changes, window = KINDS[kind]
     layers = tuple(replace(layer, window=window) for layer in facts.layers)
-    facts = replace(facts, **({"heads": heads, "head_dim": dim, "scale": dim**-0.5, "eps": 1e-5, "layers": layers} | changes))
+    facts = replace(
+        facts, **({"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": dim**-0.5, "eps": 1e-5, "layers": layers} | changes)
+    )
     return Kernels(compiled.library(dtype), facts), TorchOps(facts)
 
 
@@ -56,9 +58,9 @@ def test_kernels_compute_what_torch_does(dtype, tolerance, shape, kind, pairs):
     cos, sin = (torch.rand(width, int(pairs * dim) // 2).to(dtype) for _ in range(2))
     keys, values = (torch.randn(rows, kv_heads, width, dim).to(dtype) for _ in range(2))
     results = []
-    for way in both(dtype, heads, dim, kind):
+    for way in both(dtype, heads, dim, kind, kv_heads):
         k, v = keys.clone(), values.clone()
-        results.append((way.attend(way.plan(at, lengths, width), qkv, cos, sin, k, v, KINDS[kind][1]), k, v))
+        results.append((way.attend(way.plan(at, max(lengths), width), qkv, cos, sin, k, v, KINDS[kind][1]), k, v))
     for pair in zip(*results, strict=True):
         assert error(pair, pair[1]) < tolerance
 

@@ -99,7 +99,8 @@ def test_logits_of_the_fused_decoder_are_the_models(family, compiled, monkeypatc
         decoder.prefill([(0, 0, ids[:3]), (1, 0, ids[:8])])
         decoder.prefill([(0, 3, ids[3:14])])
         for i in range(14, len(ids)):
-            both = decoder.decode(torch.tensor([ids[i], ids[i - 6]]), [i, i - 6])
+            decoder.reserve(2, i + 1)
+            both = decoder.decode(torch.tensor([ids[i], ids[i - 6]]), torch.tensor([i, i - 6]), i)
             assert close(both, own[[i, i - 6]])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emreason.engines.drawing import counter_uniforms, draw, draw_seed
+from emreason.engines.drawing import Shaping, counter_uniforms, draw, draw_seed
 from emreason.questions.answers import answer_line_complete, correct, extract
 from emreason.questions.prompts import Prompts
 from emreason.types import Proposal, Question, SamplingParams
@@ -67,7 +67,8 @@ def sample(model: Any, prompts: Prompts, x: Question, proposal: Proposal, params
     ids: list[int] = []
     while len(ids) < params.max_new_tokens:
         logits = model(torch.tensor([[*prompt, *ids]])).logits[:, -1]
-        token, _ = draw(logits, counter_uniforms([seed], [len(ids)]), [params])
+        u = counter_uniforms(torch.tensor([seed]), torch.tensor([len(ids)]))
+        token, _ = draw(logits, u, Shaping.of([params], logits.device))
         ids.append(int(token))
         if ids[-1] == end:
             return ids, True

@@ -35,8 +35,11 @@ class Decoder(Protocol):
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """Cache the K/V of `tokens` at positions start, start + 1, … of `row`, for each job (row, start, tokens)."""
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits [B, V] after `tokens` [B] at positions `lengths` of rows 0 … B-1; their K/V is cached."""
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Logits [B, V] after `tokens` [B] at positions `lengths` [B], at most `longest`, of rows 0 … B-1; their K/V is cached.
+
+        The caller has reserved `longest + 1` positions.
+        """
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row `target` becomes a copy of the first `length` positions of row `source`, which is free afterwards."""
@@ -56,7 +59,10 @@ def _logits(base: Any, facts: Facts, ids: list[int]) -> Tensor:
     """For `agrees`: two tokens at once, then one by one."""
     decoder = FusedDecoder(base, facts, ops=TorchOps(facts))  # it is the facts that are in question; float32's kernels need not be compiled
     decoder.prefill([(0, 0, ids[:2])])
-    return torch.cat([decoder.decode(torch.tensor(ids[i : i + 1], device=base.device), [i]) for i in range(2, len(ids))])
+    decoder.reserve(1, len(ids))
+    at = torch.arange(len(ids), device=base.device)
+    given = torch.tensor(ids, device=base.device)
+    return torch.cat([decoder.decode(given[i : i + 1], at[i : i + 1], i) for i in range(2, len(ids))])
 
 
 class _Layer:
@@ -172,10 +178,9 @@ class FusedDecoder:
         keys, queries = self.positions[:stop], self.positions[start:stop, None]
         return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        self.reserve(len(lengths), max(lengths) + 1)
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
         x = self._embed(tokens)
-        plan = self.ops.plan(torch.tensor(lengths, device=self.device), lengths, self.keys[0].shape[2])
+        plan = self.ops.plan(lengths, longest, self.keys[0].shape[2])
         h = self.ops.add_norm(x, None, None, self.norms[0])
         for i, layer in enumerate(self.layers):
             cos, sin = self.tables[layer.rotary]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,22 +13,59 @@ from emreason.types import SamplingParams
 
 CDF_BLOCK = 256
 
-
-def counter_uniforms(seeds: Sequence[int], counters: Sequence[int]) -> np.ndarray:
-    """One uniform number in [0, 1) per (seed, counter), by SplitMix64: float64 [B]. Any Python integer is a seed (mod 2⁶⁴)."""
-    state = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], dtype=np.uint64)
-    steps = np.array(counters, dtype=np.uint64) + np.uint64(1)
-    golden = np.uint64(0x9E37_79B9_7F4A_7C15)
-    return (_mix(_mix(state + golden) + steps * golden) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+GOLDEN, FIRST, SECOND = (n - 2**64 for n in (0x9E37_79B9_7F4A_7C15, 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB))
+"""SplitMix64's constants as signed integers: torch's products wrap like those of unsigned ones."""
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-    return z ^ (z >> np.uint64(31))
+def signed(seed: int) -> int:
+    """`seed` mod 2⁶⁴ as an int64; any Python integer is a seed."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
-def draw(logits: Tensor, uniforms: np.ndarray, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+def counter_uniforms(seeds: Tensor, counters: Tensor) -> Tensor:
+    """One uniform number in [0, 1) per (seed, counter), int64 [B] each, by SplitMix64: float64 [B], the same bits on every device."""
+    bits = _mix(_mix(seeds + GOLDEN) + (counters + 1) * GOLDEN)
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * FIRST
+    z = (z ^ _shifted(z, 27)) * SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """z >> by of the unsigned number with z's bits."""
+    return (z >> by) & (2 ** (64 - by) - 1)
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How the tokens of B rows are drawn: made when the rows change, so that a step takes nothing from the host.
+
+    Attributes:
+        inverse, top_p, cold: [B] float32: of the temperature, 1 where it is 0; top-p; 1 where the temperature is 0, else 0.
+        warm, nucleus, greedy: whether any row has a temperature that is neither 0 nor 1, a top-p below 1, temperature 0.
+    """
+
+    inverse: Tensor
+    top_p: Tensor
+    cold: Tensor
+    warm: bool
+    nucleus: bool
+    greedy: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], device: torch.device) -> Shaping:
+        """`params`, one per row, in one copy to `device`."""
+        rows = [[1 / (p.temperature or 1) for p in params], [p.top_p for p in params], [float(p.temperature == 0) for p in params]]
+        warm = any(p.temperature not in (0, 1) for p in params)
+        nucleus = any(p.top_p < 1 and p.temperature > 0 for p in params)
+        inverse, top_p, cold = torch.tensor(rows).to(device)
+        return Shaping(inverse, top_p, cold, warm, nucleus, any(p.temperature == 0 for p in params))
+
+
+def draw(logits: Tensor, uniforms: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
     """One token id [B] per row of `logits` [B, V] by inverse CDF at `uniforms` [B], and its log-probability [B] at temperature 1.
 
     Temperature 0 takes the first most probable token. Float32 logits are overwritten.
@@ -36,19 +73,16 @@ def draw(logits: Tensor, uniforms: np.ndarray, params: Sequence[SamplingParams])
     logits = logits.float()
     logits = logits.sub_(logits.amax(dim=-1, keepdim=True))
     shaped = None
-    if any(p.temperature not in (0, 1) for p in params):
-        shaped = (logits * torch.tensor([1 / (p.temperature or 1) for p in params], device=logits.device)[:, None]).exp_()
+    if shaping.warm:
+        shaped = (logits * shaping.inverse[:, None]).exp_()
     weights = logits.exp_()
     log_total = _blocks(weights).sum(-1).sum(-1).log_()
     shaped = weights if shaped is None else shaped
-    nucleus = [i for i, p in enumerate(params) if p.top_p < 1 and p.temperature > 0]
-    if nucleus:
-        shaped = shaped.clone() if shaped is weights else shaped
-        shaped[nucleus] = keep_nucleus(shaped[nucleus], torch.tensor([params[i].top_p for i in nucleus], device=weights.device))
-    greedy = torch.tensor([p.temperature == 0 for p in params], device=weights.device)
-    ids = inverse_cdf(shaped, torch.from_numpy(uniforms).to(weights.device))
-    if any(p.temperature == 0 for p in params):
-        ids = torch.where(greedy, first_maximum(weights), ids)
+    if shaping.nucleus:
+        shaped = torch.where(shaping.top_p[:, None] < 1, keep_nucleus(shaped, shaping.top_p), shaped)
+    ids = inverse_cdf(shaped, uniforms)
+    if shaping.greedy:
+        ids = torch.where(shaping.cold > 0, first_maximum(weights), ids)
     return ids, weights.gather(1, ids[:, None])[:, 0].log_() - log_total
 
 

@@ -184,9 +184,8 @@ class BatchedDecoder:
             if not start and not tokens and self.recurrent:
                 self.cache.clear(row)
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        self.reserve(len(lengths), max(lengths) + 1)
-        at, live = torch.tensor(lengths, device=self.device) + self.virtual, self.virtual + max(lengths) + 1
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        at, live = lengths + self.virtual, self.virtual + longest + 1
         if self.device.type == "cuda":  # few shapes: a new one costs a kernel's plan
             live = min(-(-live // CACHE_STEP) * CACHE_STEP, self.cache.width)
         self.cache.step(at, live)
@@ -226,9 +225,9 @@ class RowDecoder:
             if tokens:
                 self._forward(row, start, list(tokens))
 
-    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:  # noqa: ARG002
         ids = tokens.tolist()
-        return torch.cat([self._forward(row, length, ids[row : row + 1]) for row, length in enumerate(lengths)])
+        return torch.cat([self._forward(row, length, ids[row : row + 1]) for row, length in enumerate(lengths.tolist())])
 
     def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
         self.past[target] = self.past.pop(source)
@@ -299,7 +298,9 @@ def disagrees(model: nn.Module, decoder: Decoder) -> bool:
     def decode(live: list[int], done: list[int]) -> None:
         lengths = [prompts[i] + n for i, n in zip(live, done, strict=True)]
         tokens = torch.tensor([rows[i][length] for i, length in zip(live, lengths, strict=True)], device=decoder.device)
-        for logits, i, length in zip(decoder.decode(tokens, lengths).float(), live, lengths, strict=True):
+        decoder.reserve(len(live), max(lengths) + 1)
+        drawn = decoder.decode(tokens, torch.tensor(lengths, device=decoder.device), max(lengths)).float()
+        for logits, i, length in zip(drawn, live, lengths, strict=True):
             wanted = expected[i][length]
             errors.append((logits - wanted).norm() / (wanted - wanted.mean()).norm().clamp_min(1e-20))
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emreason.engines.decoder import Decoder, FusedDecoder, make_decoder
-from emreason.engines.drawing import counter_uniforms, draw
+from emreason.engines.drawing import Shaping, counter_uniforms, draw, signed
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
 from emreason.questions.prompts import end_of_turn_ids
@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 
 RESERVED = 256
 """Most positions beyond the prompt for which the cache is made in advance; it grows with longer completions."""
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Decoding steps between two looks of the host at what was drawn: a GPU is not to wait. What is drawn beyond a row's end is dropped."""
+
+UNKNOWN, PLAIN, LINE_END, END = range(4)
 
 MIN_SHARED = 8
 """Shortest common prefix, in tokens, that is worth copying instead of recomputing."""
@@ -54,10 +59,32 @@ class _Row:
     request: Request
     room: int  # tokens that may be drawn
     ids: np.ndarray
-    length: int  # cached positions; `token` comes next
-    token: int
     drawn: list[int] = field(default_factory=list)
     logprob: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Cached positions; `token` comes next."""
+        return len(self.ids) + len(self.drawn)
+
+    @property
+    def token(self) -> int:
+        return self.drawn[-1] if self.drawn else self.request.prompt_ids[-1]
+
+    def take(self, ids: Sequence[int], logprobs: Sequence[float], kinds: Sequence[int]) -> FinishReason | None:
+        """Take what was drawn, up to the completion's end if that is among it; why it ends, or None."""
+        for token, logprob, kind in zip(ids, logprobs, kinds, strict=True):
+            if math.isnan(logprob):
+                raise FloatingPointError(f"the logits of request {self.request.key!r} are not finite: the weights have diverged")
+            self.drawn.append(token)
+            self.logprob += logprob
+            if kind == END:
+                return "stop"
+            if kind == LINE_END and self.request.stop is not None and self.request.stop(list(self.drawn)):
+                return "answer"
+            if len(self.drawn) >= self.room:
+                return "length"
+        return None
 
 
 class InProcessEngine:
@@ -76,10 +103,11 @@ class InProcessEngine:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.dtype, self.prefix_tokens = max_batch, dtype, prefix_tokens
+        self.look_every = LOOK_EVERY[next(model.parameters()).device.type]
         self.stats = EngineStats()
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         self.context = int(getattr(base_causal_lm(model).config, "max_position_embeddings", None) or 2**31)
-        self._newline: dict[int, bool] = {}
+        self._kinds = np.empty(0, dtype=np.int8)
 
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:
         """Yield a completion per request as soon as it is drawn; `requests` is consumed from the left as rows become free.
@@ -125,18 +153,14 @@ class InProcessEngine:
         self.max_batch = rows // 2
         log.warning("Out of memory with %d completions at once; going on with engine.max_batch=%d", rows, self.max_batch)
 
-    def finish_reason(self, row: _Row) -> FinishReason | None:
-        """Why `row` ends with the token it has just drawn, or None."""
-        if row.token in self.eos_ids:
-            return "stop"
-        if row.request.stop is not None and self._has_newline(row.token) and row.request.stop(list(row.drawn)):
-            return "answer"
-        return "length" if len(row.drawn) >= row.room else None
-
-    def _has_newline(self, token: int) -> bool:
-        if token not in self._newline:
-            self._newline[token] = "\n" in self.tokenizer.decode([token])
-        return self._newline[token]
+    def kinds(self, ids: np.ndarray) -> np.ndarray:
+        """PLAIN, LINE_END or END of each of `ids`; a token is decoded when it is first drawn."""
+        if (missing := int(ids.max()) + 1 - len(self._kinds)) > 0:
+            self._kinds = np.append(self._kinds, np.full(missing, UNKNOWN, dtype=np.int8))
+        for token in np.unique(ids[self._kinds[ids] == UNKNOWN]).tolist():
+            line_end = "\n" in self.tokenizer.decode([token])
+            self._kinds[token] = END if token in self.eos_ids else LINE_END if line_end else PLAIN
+        return self._kinds[ids]
 
 
 class _Batch:
@@ -149,6 +173,7 @@ class _Batch:
             decoder.keep(engine.prefix_tokens)
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
+        self.changed = True  # since `state` was made: token, cached positions, seed, tokens drawn of each row, int64 [4, B]
 
     def live(self) -> list[_Row]:
         """The rows under way."""
@@ -167,13 +192,14 @@ class _Batch:
             if not prompt or room < 1:
                 refused.append(Completion(request, (), 0.0, "length" if prompt and wanted < 1 else "error"))
                 continue
-            row = _Row(request, room, np.asarray(prompt[:-1], dtype=np.int64), len(prompt) - 1, prompt[-1])
+            row = _Row(request, room, np.asarray(prompt[:-1], dtype=np.int64))
             if self.free:
                 arrivals.append(self.free.pop())
                 self.rows[arrivals[-1]] = row
             else:
                 arrivals.append(len(self.rows))
                 self.rows.append(row)
+        self.changed |= bool(arrivals or self.free)
         if arrivals:
             self.decoder.reserve(len(self.rows), max(self.rows[i].length + min(self.rows[i].room, RESERVED) for i in arrivals))
         while arrivals:
@@ -208,28 +234,45 @@ class _Batch:
         return waiting
 
     def step(self) -> list[Completion]:
-        """Decode and draw one token for every row; returns the completions that end with it."""
-        rows, decoder = self.rows, self.decoder
-        tokens = torch.tensor([row.token for row in rows], device=decoder.device)
-        logits = decoder.decode(tokens, [row.length for row in rows])
-        uniforms = counter_uniforms([row.request.seed for row in rows], [len(row.drawn) for row in rows])
-        drawn, logprobs = draw(logits, uniforms, [row.request.params for row in rows])
-        picked = torch.stack([drawn.double(), logprobs.double()]).tolist()  # the one wait for the device in a step
-        self.stats.steps += 1
-        self.stats.generated += len(rows)
-        self.stats.live = len(rows)
+        """Decode and draw for every row until the host looks; returns the completions that end with it."""
+        steps = self.engine.look_every
+        if self.changed:
+            self._upload()
+        longest = max(row.length for row in self.rows)
+        self.decoder.reserve(len(self.rows), longest + steps)
+        drawn = [self._advance(min(longest + i, self.engine.context - 1)) for i in range(steps)]
+        # the one wait for the device
+        picked = torch.stack([torch.stack([ids.double(), logprobs.double()]) for ids, logprobs in drawn]).cpu().numpy()
+        ids, logprobs = picked[:, 0].astype(np.int64).T, picked[:, 1].T
+        self.stats.steps += steps
+        self.stats.live = len(self.rows)
         done = []
-        for index, (row, token, logprob) in enumerate(zip(rows, *picked, strict=True)):
-            if math.isnan(logprob):
-                raise FloatingPointError(f"the logits of request {row.request.key!r} are not finite: the weights have diverged")
-            row.token = int(token)
-            row.length += 1
-            row.drawn.append(row.token)
-            row.logprob += logprob
-            if reason := self.engine.finish_reason(row):
+        for index, (row, *taken) in enumerate(
+            zip(self.rows, ids.tolist(), logprobs.tolist(), self.engine.kinds(ids).tolist(), strict=True)
+        ):
+            before = len(row.drawn)
+            if reason := row.take(*taken):
                 self.free.append(index)
                 done.append(Completion(row.request, tuple(row.drawn), row.logprob, reason))
+            self.stats.generated += len(row.drawn) - before
         return done
+
+    def _upload(self) -> None:
+        """What the device needs to know of the rows, in two copies."""
+        known = [(row.token, row.length, signed(row.request.seed), len(row.drawn)) for row in self.rows]
+        self.state = torch.tensor(known).T.contiguous().to(self.decoder.device)
+        self.shaping = Shaping.of([row.request.params for row in self.rows], self.decoder.device)
+        self.changed = False
+
+    def _advance(self, longest: int) -> tuple[Tensor, Tensor]:
+        """One step on the device: ids and log-probabilities [B] of the tokens drawn, which come next."""
+        tokens, lengths, seeds, counters = self.state
+        lengths.clamp_(max=longest)  # a row that has ended may not run out of the model's positions
+        logits = self.decoder.decode(tokens, lengths, longest)
+        ids, logprobs = draw(logits, counter_uniforms(seeds, counters), self.shaping)
+        tokens.copy_(ids)
+        self.state[1::2] += 1
+        return ids, logprobs
 
 
 class PrefixCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from emreason.models.training.packed import attention, rotate
 
 ATTENTION_ROWS = 16
 """Rows that attend together on a CPU without `kernels.c`, over the longest of them."""
+
+LIVE_STEP = 64
+"""Positions by which the attention of a GPU grows: a new shape costs a kernel's plan."""
 
 
 def make_ops(dtype: torch.dtype, device: torch.device, facts: Facts) -> Any:
@@ -50,9 +53,9 @@ class Kernels:
         self.functions.gate(gate_up.data_ptr(), out.data_ptr(), *out.shape, self.facts.gelu)
         return out
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """What the layers of one step share, for `attend`: rows have `lengths` = `at` [B] cached positions, in caches `width` wide."""
-        return at, torch.empty(len(lengths), self.facts.heads, max(lengths) + 1)
+    def plan(self, at: Tensor, longest: int, width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """What the layers of a step share, for `attend`: rows have `at` [B] cached positions, at most `longest`, in caches `width` wide."""
+        return at, torch.empty(len(at), self.facts.heads, longest + 1)
 
     def attend(
         self, plan: tuple[Tensor, Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, window: int | None
@@ -69,6 +72,23 @@ class Kernels:
         sizes = (len(at), heads, kv_heads, dim, width, scores.shape[2], cos.shape[1], window or width)
         self.functions.attend(*(t.data_ptr() for t in tensors), *sizes, self.facts.scale, self.facts.cap or 0.0)
         return out
+
+
+@dataclass
+class _Plan:
+    """What the layers of a step share.
+
+    Attributes:
+        at: [B] cached positions.
+        slots: [B * kv_heads] where K and V go, in a cache of [rows * kv_heads * width].
+        chunks: for each window the rows that attend together, over how many positions, under which mask [rows, 1, 1, positions].
+        angles: by table cos and sin [B, 1, pairs].
+    """
+
+    at: Tensor
+    slots: Tensor
+    chunks: dict[int | None, list[tuple[slice, int, Tensor]]]
+    angles: dict[int, tuple[Tensor, Tensor]]
 
 
 class TorchOps:
@@ -98,35 +118,37 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.gelu(gate, approximate="tanh") if self.facts.gelu else F.silu(gate)).mul_(up)
 
-    def plan(self, at: Tensor, lengths: Sequence[int], width: int) -> tuple[Tensor, dict[int | None, list[tuple[slice, int, Tensor]]]]:
-        """`at`, and for each window rows that attend together, over how many positions, under which mask [rows, 1, 1, positions]."""
-        rows = len(lengths)
+    def plan(self, at: Tensor, longest: int, width: int) -> _Plan:
+        """See `Kernels.plan`."""
+        rows = len(at)
         chunks: dict[int | None, list[tuple[slice, int, Tensor]]] = {layer.window: [] for layer in self.facts.layers}
         size = ATTENTION_ROWS if at.device.type == "cpu" else rows
         positions = torch.arange(width, device=at.device)
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
-            live = max(lengths[part]) + 1
+            live = int(at[part].max()) + 1 if size < rows else longest + 1  # the first on a CPU, where it is no wait
+            if at.device.type != "cpu":
+                live = min(-(-live // LIVE_STEP) * LIVE_STEP, width)
             last = at[part, None, None, None]
             for window, found in chunks.items():
                 mask = positions[:live] <= last
                 found.append((part, live, mask if window is None else mask & (positions[:live] > last - window)))
-        return at, chunks
+        kv_heads = self.facts.kv_heads
+        slots = (torch.arange(rows * kv_heads, device=at.device).view(rows, -1) * width + at[:, None]).flatten()
+        return _Plan(at, slots, chunks, {})
 
-    def attend(
-        self, plan: tuple[Tensor, dict[Any, Any]], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, window: int | None
-    ) -> Tensor:
+    def attend(self, plan: _Plan, qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """See `Kernels.attend`."""
-        heads, (_, kv_heads, width, dim) = self.facts.heads, keys.shape
-        rows, (at, chunks) = len(qkv), plan
+        rows, heads, (_, kv_heads, _, dim) = len(qkv), self.facts.heads, keys.shape
+        if id(cos) not in plan.angles:  # one table for many layers
+            plan.angles[id(cos)] = cos[plan.at, None], sin[plan.at, None]
         parts = qkv.view(rows, -1, dim)
-        qk = rotate(parts[:, : heads + kv_heads], cos[at, None], sin[at, None])
-        slots = ((torch.arange(rows * kv_heads, device=at.device).view(rows, -1)) * width + at[:, None]).flatten()
-        keys.view(-1, dim).index_copy_(0, slots, qk[:, heads:].reshape(-1, dim))
-        values.view(-1, dim).index_copy_(0, slots, parts[:, heads + kv_heads :].reshape(-1, dim))
+        qk = rotate(parts[:, : heads + kv_heads], *plan.angles[id(cos)])
+        keys.view(-1, dim).index_copy_(0, plan.slots, qk[:, heads:].reshape(-1, dim))
+        values.view(-1, dim).index_copy_(0, plan.slots, parts[:, heads + kv_heads :].reshape(-1, dim))
         # the queries of a group meet their K and V together, which are never expanded: [rows, kv_heads, group, D]
         query = qk[:, :heads].reshape(rows, kv_heads, -1, dim)
         out = torch.empty_like(query)
-        for part, live, mask in chunks[window]:
+        for part, live, mask in plan.chunks[window]:
             out[part] = attention(self.facts, query[part], keys[part, :, :live], values[part, :, :live], mask)
         return out.view(rows, -1)
