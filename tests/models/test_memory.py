@@ -21,10 +21,10 @@ def too_full(decoder_class, monkeypatch, rows: int, error: type[BaseException] =
     """Decoding more than `rows` rows runs out of memory."""
     decode = decoder_class.decode
 
-    def limited(self, tokens, lengths):
+    def limited(self, tokens, lengths, longest):
         if len(lengths) > rows:
             raise error("DefaultCPUAllocator: can't allocate memory")
-        return decode(self, tokens, lengths)
+        return decode(self, tokens, lengths, longest)
 
     monkeypatch.setattr(decoder_class, "decode", limited)
 
