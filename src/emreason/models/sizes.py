@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,35 +27,109 @@ def weight_files(load: Mapping[str, Any]) -> list[Path]:
         files = []
     elif Path(path := str(load["path"])).suffix == ".gguf":
         files = [Path(path)]
-    elif Path(path).is_dir():
-        files = sorted(Path(path).glob("*.safetensors"))
     else:
-        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{path.replace('/', '--')}" / "snapshots"
-        newest = sorted(cache.glob("*"), key=lambda folder: folder.stat().st_mtime)[-1:]
-        files = [file for folder in newest for file in sorted(folder.glob("*.safetensors"))]
+        files = [file for folder in _folders(path) for file in sorted(folder.glob("*.safetensors"))]
     return [file for file in files if file.is_file()]
 
 
-def parameters(load: Mapping[str, Any]) -> int | None:
-    """How many the weights' files hold, by their headers; None where that cannot be told: a GGUF before it was converted once."""
+def _folders(path: str) -> list[Path]:
+    """The folder at `path`, or that of the Hub's repository of this name, as far as it has been fetched; or none."""
+    if Path(path).is_dir():
+        return [Path(path)]
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{path.replace('/', '--')}" / "snapshots"
+    return sorted(cache.glob("*"), key=lambda folder: folder.stat().st_mtime)[-1:]
+
+
+def config(load: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The keys of its `config.json` that tell how large a model is; None where it is not on this machine, or no file has it."""
+    if "shape" in load:
+        return dict(load["shape"])
     files = weight_files(load)
-    if len(files) == 1 and files[0].suffix == ".gguf":
-        copies = [sorted(gguf_cache(files[0], dtype).glob("*.safetensors")) for dtype in ("bfloat16", "float32")]
-        files = next(filter(None, copies), [])
     try:
-        return sum(map(_header_parameters, files)) or None
-    except (OSError, ValueError, KeyError):
+        if files and files[0].suffix == ".gguf":
+            return _gguf_header(files[0])[0]
+        for folder in _folders(str(load["path"])) if "path" in load else []:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else None
+    except (OSError, ValueError, struct.error):
+        pass
+    return None
+
+
+def parameters(load: Mapping[str, Any]) -> int | None:
+    """How many the weights' files hold, by their headers; None where that cannot be told."""
+    try:
+        return sum(map(_header_parameters, weight_files(load))) or None
+    except (OSError, ValueError, KeyError, struct.error):
         return None
 
 
 def _header_parameters(file: Path) -> int:
+    if file.suffix == ".gguf":
+        return _gguf_header(file)[1]
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         if length > file.stat().st_size:
             raise ValueError(f"{file} is no safetensors file")
         header = json.loads(data.read(length))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+GGUF_NAMES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "expert_count": "num_experts",
+}
+
+
+def _gguf_header(file: Path) -> tuple[dict[str, Any], int]:
+    """A GGUF's size under transformers' names, and its parameters; the `gguf` package takes seconds for a vocabulary."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+
+        def take(form: str) -> Any:
+            nonlocal at
+            values = struct.unpack_from(f"<{form}", data, at)
+            at += struct.calcsize(f"<{form}")
+            return values[0] if len(values) == 1 else values
+
+        def value(kind: int) -> Any:
+            nonlocal at
+            if kind == 8:  # a string
+                begin = at + 8
+                at = begin + take("Q")
+                return data[begin:at].decode("utf-8", "replace")
+            if kind == 9:  # an array, of which only the length is of interest
+                inner, n = take("I"), take("Q")
+                if inner in (8, 9):
+                    for _ in range(n):
+                        value(inner)
+                else:
+                    at += n * struct.calcsize(f"<{_GGUF_TYPES[inner]}")
+                return n
+            return take(_GGUF_TYPES[kind])
+
+        if data[:4] != b"GGUF":
+            raise ValueError(f"{file} is no GGUF")
+        at = 8
+        tensors, pairs = take("QQ")
+        keys = {value(8): value(take("I")) for _ in range(pairs)}
+        sizes = {}
+        for _ in range(tensors):
+            name, dims = value(8), take("I")
+            sizes[name] = math.prod([take("Q") for _ in range(dims)])
+            take("IQ")
+    named = {ours: keys[key] for theirs, ours in GGUF_NAMES.items() if (key := f"{keys['general.architecture']}.{theirs}") in keys}
+    named |= {"vocab_size": keys.get("tokenizer.ggml.tokens"), "tie_word_embeddings": "output.weight" not in sizes}
+    return named, sum(sizes.values())
+
+
+_GGUF_TYPES = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 
 
 def describe(name: str, load: Mapping[str, Any]) -> str:

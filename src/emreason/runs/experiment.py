@@ -21,6 +21,7 @@ from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain, check_values, try_optimizer
 from emreason.runs.console import quiet
 from emreason.runs.keys import flatten
+from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
 
@@ -182,6 +183,9 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
         precision = "float32"  # ranks that measured for themselves could disagree
     chosen = choose_dtype(precision, device)
+    if rank() == 0:
+        for line in memory(cfg, dataset, str(chosen).removeprefix("torch."), device):
+            say(line)
     if device.type == "cpu":
         compile_ahead(chosen)  # while the model loads
     # partials: objects passed through `instantiate` would be copied
@@ -194,6 +198,16 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())
     prompts.check()
     return Experiment(dataset, prompts, model, tokenizer, engine, chosen, device)
+
+
+def memory(cfg: DictConfig, dataset: Dataset, dtype: str, device: torch.device) -> list[str]:
+    """`needs` of a run or an evaluation that is about to load its model."""
+    import torch
+
+    scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
+    questions = len(dataset.questions("train" if "m_step" in cfg else cfg.split))
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_on_host()
+    return needs(cfg, dataset, scheme, questions, dtype, device.type, free)
 
 
 def on(cfg: DictConfig) -> str:

@@ -15,6 +15,7 @@ from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
 from emreason.runs.experiment import check_same_config
+from emreason.runs.needs import free_on_gpu, free_on_host, needs
 from emreason.runs.summary import read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Split, UserError
@@ -51,6 +52,7 @@ def plan(cfg: DictConfig, folder: Path) -> str:
         f"EM iterations: {cfg.trainer.max_epochs}, each at most:",
         *_iteration(cfg, scheme, sizes),
         f"Baseline before: {baseline}; afterwards test, {sizes['test']} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
+        *_memory(cfg, dataset, scheme, sizes["train"]),
         f"On disk: {_disk(cfg)}",
         f"Run folder: {folder} ({_state(cfg, folder)})",
     ]
@@ -85,6 +87,15 @@ def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list
         f"  M-step: {most['steps']:,} optimizer steps of {cfg.m_step.batch_size} {unit} (m_step.epochs={cfg.m_step.epochs})",
         f"  Validation: {sizes['validation']:,} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
     ]
+
+
+def _memory(cfg: DictConfig, dataset: Dataset, scheme: Scheme, train: int) -> list[str]:
+    """Of the GPU where the driver's tool sees one; what `auto` means on a CPU is measured, so float32 is assumed."""
+    gpu = None if cfg.trainer.accelerator == "cpu" else free_on_gpu()
+    device = "cpu" if gpu is None and cfg.trainer.accelerator in ("auto", "cpu") else "cuda"
+    dtype = cfg.engine.dtype if cfg.engine.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    asked = at_most(cfg, scheme, train)["questions"]
+    return needs(cfg, dataset, scheme, asked, dtype, device, free_on_host() if device == "cpu" else gpu)
 
 
 def _disk(cfg: DictConfig) -> str:
