@@ -68,21 +68,43 @@ def device_guard() -> None:
     shutil.rmtree(folder)
 
 
+class Looks(TorchDispatchMode):
+    """Counts what would make a host wait for a GPU, on tensors of any device: looks at values, and results whose size depends on them."""
+
+    WAITS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "repeat_interleave"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            by_mask = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+            name = "a mask as index" if by_mask else name
+        if name in self.WAITS or name == "a mask as index":
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Counted(TorchDispatchMode):
-    """Counts kernels by name, copies from the host (`up`) and waits for the device (`down`)."""
+    """Counts kernels by name, copies from the host (`up`; of these it waits for `waited`), and waits for the device (`down`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
-        self.up, self.down = 0, 0
+        self.up, self.waited, self.down = 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         given = [a.device.type for a in args if isinstance(a, torch.Tensor)]
         if name in ("_to_copy", "copy_") and isinstance(out, torch.Tensor) and {"cpu", "cuda"} == {out.device.type, given[-1]}:
+            if not out.numel():
+                return out
             if out.device.type == "cuda":
                 self.up += 1
+                self.waited += not (kwargs or {}).get("non_blocking", False)
             else:
                 self.down += 1
         elif isinstance(out, torch.Tensor) and out.device.type == "cuda" and name not in FREE:
@@ -91,11 +113,11 @@ class Counted(TorchDispatchMode):
 
 
 @contextmanager
-def fake_cuda() -> Iterator[None]:
+def fake_cuda() -> Iterator[FakeTensorMode]:
     """Inside, `device="cuda"` works; a tensor on another device, or a look at a value, raises."""
     device_guard()
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        yield
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        yield mode
 
 
 def on_the_gpu(model: torch.nn.Module) -> torch.nn.Module:

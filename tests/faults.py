@@ -202,15 +202,15 @@ FAULTS = [
     fault(
         "M-step: weights of rationales ignored",
         "em/m_step.py",
-        "(per_row * batch.weights).sum()",
+        "(per_row * weights).sum()",
         "per_row.sum()",
         "em/test_module.py::test_the_update_is_the_filtered_gradient_however_it_is_batched",
     ),
     fault(
         "M-step: a loss that is not finite is trained on",
         "em/m_step.py",
-        "if not torch.isfinite(loss):",
-        "if False:",
+        "        if not finite:",
+        "        if False:",
         "em/test_module.py::test_a_loss_that_is_not_finite_stops_before_the_update",
     ),
     fault(
@@ -631,14 +631,14 @@ FAULTS = [
     ),
     fault(
         "log-probability: of the token before",
-        "scores/scoring.py",
-        "targets = input_ids[:, 1:][completion_mask[:, 1:]]",
-        "targets = input_ids[:, :-1][completion_mask[:, 1:]]",
+        "models/batches.py",
+        "input_ids[rows, columns])",
+        "input_ids[rows, columns - 1])",
         "em/test_module.py::test_token_logprobs_equal_the_library_s_loss",
     ),
     fault(
         "shared prefix: one token too long",
-        "scores/scoring.py",
+        "models/batches.py",
         "completion_mask.any(0).roll(-1)",
         "completion_mask.any(0)",
         "em/test_module.py::test_a_shared_prefix_ends_before_the_last_prompt_token",
@@ -781,8 +781,8 @@ FAULTS = [
     fault(
         "KV: a kept prefix from another place",
         "engines/inprocess.py",
-        "self.decoder.load(index, known, at)",
-        "self.decoder.load(index, known, 0)",
+        "kept.append((index, known, at))",
+        "kept.append((index, known, 0))",
         "engines/test_engine.py::test_shared_prompts_are_prefilled_once_and_change_nothing",
     ),
     fault(

@@ -26,7 +26,7 @@ def test_prompt_is_masked_and_eos_is_not_although_it_is_the_pad_token():
     batch = collate([example(0), example(1, prompt=2, completion=2)], [1.0, 1.0], PAD)
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, 50, 51, PAD], [10, 11, 50, PAD, PAD, PAD, PAD]]
     assert batch.completion_mask.int().tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]
-    assert batch.row_of_token.tolist() == [0, 0, 0, 1, 1]
+    assert batch.marks.rows.tolist() == [0, 0, 0, 1, 1]
 
 
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40), budget=st.integers(1, 300))
@@ -104,7 +104,7 @@ def test_normalisation():
     assert [total_weight([s]) for s in steps(16, 6, "rationales")] == pytest.approx([1.0, 1.0])
     # tokens: weights times lengths make a mean over tokens
     for step in steps(8, 8, "tokens"):
-        assert sum(float(b.weights[b.row_of_token].sum()) for b in step.batches) == pytest.approx(1.0)
+        assert sum(float(b.weights[b.marks.rows].sum()) for b in step.batches) == pytest.approx(1.0)
 
 
 def test_questions_normalisation_leaves_no_step_out_of_the_count():

@@ -17,7 +17,7 @@ from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
 from emreason.em.steps import make_steps
-from emreason.models.batches import Example, Step, collate
+from emreason.models.batches import Example, Step, collate, shared_prefix
 from emreason.models.loading import add_lora
 from emreason.models.masters import master_weights
 from emreason.models.tiny import load_tiny
@@ -233,7 +233,7 @@ def test_neither_packing_nor_a_shared_prefix_changes_log_probabilities_or_gradie
     rows = examples(module)
     rows += [Example(r.question_id, r.prompt_ids, r.completion_ids[:2] + other.completion_ids) for r, other in itertools.pairwise(rows)]
     batch = collate(rows, [1.0] * len(rows), module.tokenizer.pad_token_id)
-    shared = scoring.shared_prefix(batch.input_ids, batch.completion_mask)
+    shared = shared_prefix(batch.input_ids, batch.completion_mask)
     assert 4 < shared < min(len(row.prompt_ids) for row in rows)
     results = []
     own = (lambda _: False, 10**9)
@@ -269,7 +269,7 @@ def test_a_shared_prefix_ends_before_the_last_prompt_token(rows, prompt, expecte
     """The state of the last prompt token predicts the first completion token, so each row needs its own."""
     mask = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
     mask[:, prompt:] = True
-    assert scoring.shared_prefix(torch.tensor(rows), mask) == expected
+    assert shared_prefix(torch.tensor(rows), mask) == expected
 
 
 def gradient_of(module, steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_cuda import Counted, fake_cuda, on_the_gpu
+from fake_cuda import Counted, Looks, fake_cuda, on_the_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,6 +54,24 @@ def test_kernels_of_a_step(monkeypatch):
     print(f"kernels a layer: {a_layer}, of the rest of a step: {two - 2 * a_layer}")
     assert a_layer <= A_LAYER
     assert two - 2 * a_layer <= THE_REST
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.7, 0.9), SamplingParams(0)])
+def test_on_real_tensors_nothing_is_looked_at_between_two_looks(params):
+    """By the operations that a GPU runs."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=2)).eval()
+    engine = inprocess.InProcessEngine.__new__(inprocess.InProcessEngine)
+    engine.prefix_tokens, engine.context, engine.stats, engine.model = 256, 2048, inprocess.EngineStats(), model
+    facts = read_facts(model)
+    with torch.no_grad():
+        batch = inprocess._Batch(engine, FusedDecoder(model, facts, ops=TorchOps(facts)))
+        batch.rows = [inprocess._Row(Request(i, tuple(range(9 + i)), params, i), 20, inprocess.np.arange(8 + i)) for i in range(ROWS)]
+        batch.decoder.reserve(ROWS, 64)
+        with Looks() as looks:
+            batch._upload()
+            for i in range(3):
+                batch._advance(9 + ROWS + i)
+    assert dict(looks.found) == {}
 
 
 @pytest.mark.parametrize("planted", ["mask", "look", "arange"])

@@ -120,7 +120,7 @@ def m_step(name: str, seed: int, lr: float, overrides: Sequence[str], steps: lis
     module.eval()
     with torch.no_grad():
         batches = [batch for step in steps for batch in step.batches]
-        after = torch.cat([token_logprobs(module.model, b.input_ids, b.completion_mask) for b in batches])
+        after = torch.cat([token_logprobs(module.model, b.input_ids, b.completion_mask, marks=b.marks) for b in batches])
     score, _ = module.evaluate(validation, name)
     module_module.publish = masters_module.publish
     return {

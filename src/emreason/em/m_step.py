@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from emreason.models.batches import Step
+from emreason.models.batches import Step, to
 from emreason.scores.scoring import token_logprobs
 from emreason.types import UserError
 
@@ -52,30 +53,35 @@ def accumulate(model: nn.Module, step: Step, device: torch.device, index: int) -
         UserError: the loss is not finite; the message names the questions of the batch.
     """
     sums = torch.zeros(2, device=device, dtype=torch.float64)
+    losses = []
     for batch in step.batches:
-        batch = batch.to(device)
-        logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask)
-        per_row = torch.zeros_like(batch.weights).index_add(0, batch.row_of_token, -logprobs)
-        loss = (per_row * batch.weights).sum()
-        if not torch.isfinite(loss):
-            raise _not_finite("loss", index, batch.question_ids)
+        logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, marks=batch.marks)
+        rows, weights = to(device, batch.marks.rows), to(device, batch.weights)
+        per_row = torch.zeros_like(weights).index_add(0, rows, -logprobs)
+        loss = (per_row * weights).sum()
         loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
+        losses.append(loss.detach())
         sums[0] += per_row.detach().sum()
         sums[1] += len(logprobs)
+    # looked at once a step: a GPU is not waited for after every batch
+    for batch, finite in zip(step.batches, torch.stack(losses).isfinite().tolist() if losses else [], strict=True):
+        if not finite:
+            raise _not_finite("loss", index, batch.question_ids)
     return sums
 
 
-def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step, index: int) -> Tensor:
+def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step, index: int) -> float:
     """Scale the gradients down to `max_norm`; returns the norm that they had.
 
     Raises:
         UserError: it is not finite; the message names the step's questions.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not torch.isfinite(norm):
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total)
+    if not math.isfinite(norm):
         raise _not_finite("gradient", index, [i for batch in step.batches for i in batch.question_ids])
     if max_norm is not None and norm > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return norm
 
 

@@ -109,7 +109,7 @@ class EMModule(L.LightningModule):
         """
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        totals = ranks.total(accumulate(self.model, step, self.device, batch_idx))
+        totals = ranks.total(accumulate(self.model, step, self.device, batch_idx)).cpu()
         if not totals[1]:
             return  # an iteration skipped for want of accepted rationales
         ranks.sum_gradients(parameters)
@@ -121,8 +121,8 @@ class EMModule(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        self._sums, self._steps = self._sums + totals.cpu(), self._steps + 1
-        values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": float(norm), "m_step/lr": optimizer.param_groups[0]["lr"]}
+        self._sums, self._steps = self._sums + totals, self._steps + 1
+        values = {"m_step/nll": float(totals[0] / totals[1]), "m_step/grad_norm": norm, "m_step/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict({**values, "iteration": float(self.current_epoch)}, on_step=True, on_epoch=False)
 
     def on_train_end(self) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
+from emreason.engines.prefill import Prompts, kept_slots, put, variable_length
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
 from emreason.models.training.packed import attention, rotate
 
-PREFILL_TOKENS = 512
-"""Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for the cache."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for a CPU's cache."""
 
 CACHE_STEP = 64
 """Positions by which the cache grows at least."""
@@ -94,6 +95,7 @@ class FusedDecoder:
         self.norms = [*(layer.before for layer in self.layers), _weight(facts.norm, self.dtype)]  # before layer 0, 1, … and the head
         self.head = PackedLinear([facts.head], self.dtype)
         self.ops = ops or make_ops(self.dtype, self.device, facts)
+        self.varlen, self.on_cpu = variable_length(facts, self.dtype, self.device), self.device.type == "cpu"
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.reserve(1, 1)
@@ -136,7 +138,7 @@ class FusedDecoder:
     def prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         batch: list[tuple[int, int, Sequence[int]]] = []
         for job in filter(lambda job: job[2], jobs):
-            if batch and sum(len(tokens) for _, _, tokens in batch) + len(job[2]) > PREFILL_TOKENS:
+            if batch and sum(len(tokens) for _, _, tokens in batch) + len(job[2]) > PREFILL_TOKENS[self.device.type]:
                 self._prefill(batch)
                 batch = []
             batch.append(job)
@@ -144,6 +146,25 @@ class FusedDecoder:
             self._prefill(batch)
 
     def _prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        self._prefill_together(jobs) if self.varlen else self._prefill_each(jobs)
+
+    def _prefill_together(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """As `_prefill_each`, with so many kernels a layer for any number of prompts."""
+        prompts = Prompts.of(jobs, self.kv_heads, self.keys[0].shape[2], self.device)
+        x = self._embed(prompts.ids)
+        tables = {kind: (cos[prompts.at, None], sin[prompts.at, None]) for kind, (cos, sin) in self.tables.items()}
+        h = self.ops.add_norm(x, None, None, self.norms[0])
+        for i, layer in enumerate(self.layers):
+            qkv = self._qkv(layer, h).view(len(x), -1, self.head_dim)
+            qk, v = rotate(qkv[:, : self.heads + self.kv_heads], *tables[layer.rotary]), qkv[:, self.heads + self.kv_heads :]
+            q, k = qk[:, : self.heads], qk[:, self.heads :]
+            put(self.keys[i], prompts.new, k)
+            put(self.values[i], prompts.new, v)
+            if i + 1 < len(self.layers):
+                attended = prompts.attend(self.varlen, self.facts, layer.window, q, k, v, self.keys[i], self.values[i])
+                h = self._finish(i, x, attended.flatten(1))
+
+    def _prefill_each(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """All prompts of `jobs` end to end as one sequence through the linear layers; attention is per prompt. No padding."""
         ids = torch.tensor([t for _, _, tokens in jobs for t in tokens], device=self.device)
         at = torch.tensor([start + i for _, start, tokens in jobs for i in range(len(tokens))], device=self.device)
@@ -197,12 +218,24 @@ class FusedDecoder:
         shape = (2 * len(self.layers), self.kv_heads, positions, self.head_dim)
         self.kept = torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def save(self, row: int, length: int, at: int) -> None:
-        """Copy the first `length` positions of `row` to position `at` of what is kept."""
-        for cache, part in zip((*self.keys, *self.values), self.kept, strict=True):
-            part[:, at : at + length] = cache[row, :, :length]
+    def save(self, jobs: Sequence[tuple[int, int, int]]) -> None:
+        """Copy the first `length` positions of `row` to position `at` of what is kept, for each job (row, length, at)."""
+        self._copy_kept(jobs, back=False)
 
-    def load(self, row: int, length: int, at: int) -> None:
-        """Put `length` kept positions from position `at` on into `row`."""
-        for cache, part in zip((*self.keys, *self.values), self.kept, strict=True):
-            cache[row, :, :length] = part[:, at : at + length]
+    def load(self, jobs: Sequence[tuple[int, int, int]]) -> None:
+        """Put `length` kept positions from position `at` on into `row`, for each job (row, length, at)."""
+        self._copy_kept(jobs, back=True)
+
+    def _copy_kept(self, jobs: Sequence[tuple[int, int, int]], back: bool) -> None:
+        caches = (*self.keys, *self.values)
+        if self.on_cpu:
+            for row, length, at in jobs:
+                for cache, part in zip(caches, self.kept, strict=True):
+                    ends = part[:, at : at + length], cache[row, :, :length]
+                    ends[back].copy_(ends[not back])
+        elif jobs:
+            widths = (self.keys[0].shape[2], self.kept.shape[2])
+            in_cache, in_kept = kept_slots(jobs, self.kv_heads, widths, self.device)
+            for cache, part in zip(caches, self.kept, strict=True):
+                source, taken, target, put_at = (part, in_kept, cache, in_cache) if back else (cache, in_cache, part, in_kept)
+                put(target, put_at, source.view(-1, self.head_dim).index_select(0, taken))

@@ -159,7 +159,7 @@ class BatchedDecoder:
         for job in sorted(jobs, key=lambda job: len(job[2]), reverse=True):
             longest = len(batch[0][2]) if batch else 0
             alike = len(job[2]) == longest if self.recurrent else 4 * len(job[2]) >= 3 * longest
-            if batch and (not alike or job[1] or batch[0][1] or (len(batch) + 1) * longest > PREFILL_TOKENS):
+            if batch and (not alike or job[1] or batch[0][1] or (len(batch) + 1) * longest > PREFILL_TOKENS[self.device.type]):
                 self._prefill(batch)
                 batch = []
             batch.append(job)

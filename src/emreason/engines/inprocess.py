@@ -215,6 +215,7 @@ class _Batch:
         """Prefill the rows whose prompts share nothing new among themselves; the others, returned, will find their prefix cached."""
         jobs: list[tuple[int, int, list[int]]] = []
         waiting: list[int] = []
+        kept: list[tuple[int, int, int]] = []
         for index in arrivals:
             ids = self.rows[index].ids
             at, known = self.prefixes.longest(ids)
@@ -222,15 +223,19 @@ class _Batch:
             if self.prefixes.capacity and within >= known + MIN_SHARED:
                 waiting.append(index)
                 continue
-            if known and isinstance(self.decoder, FusedDecoder):
-                self.decoder.load(index, known, at)
+            if known:
+                kept.append((index, known, at))
             jobs.append((index, known, ids[known:].tolist()))
             self.stats.reused += known
             self.stats.prefilled += len(ids) - known
+        if isinstance(self.decoder, FusedDecoder):
+            self.decoder.load(kept)
         self.decoder.prefill(jobs)
-        for index, _, fresh in jobs:
-            if fresh and (ids := self.rows[index].ids).size <= self.prefixes.capacity and isinstance(self.decoder, FusedDecoder):
-                self.decoder.save(index, len(ids), self.prefixes.place(ids))
+        if isinstance(self.decoder, FusedDecoder):
+            fresh = [(index, self.rows[index].ids) for index, _, ids in jobs if ids]
+            placed = [(index, ids, self.prefixes.place(ids)) for index, ids in fresh if ids.size <= self.prefixes.capacity]
+            there = {(id(ids), at) for ids, at in self.prefixes.entries}  # without those that later ones have overwritten
+            self.decoder.save([(index, len(ids), at) for index, ids, at in placed if (id(ids), at) in there])
         return waiting
 
     def step(self) -> list[Completion]:

@@ -22,29 +22,55 @@ class Example:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Where a batch's supervised tokens are, found on the host: to look for them on a GPU is to wait for it.
+
+    Attributes:
+        shared: leading positions that hold the same tokens in all rows and come before every row's last prompt token; 0 for one row.
+        rows: [supervised tokens] int64; the row of each, row by row.
+        at: likewise; the place in the flattened input_ids of the position before each, whose state predicts it.
+        targets: likewise; its id.
+    """
+
+    shared: int
+    rows: Tensor
+    at: Tensor
+    targets: Tensor
+
+
+def marks_of(input_ids: Tensor, completion_mask: Tensor) -> Marks:
+    """The marks of [rows, length] int64 ids and a bool mask whose first column is False."""
+    rows, columns = completion_mask.nonzero(as_tuple=True)
+    shared = shared_prefix(input_ids, completion_mask)
+    return Marks(shared, rows, rows * input_ids.shape[1] + columns - 1, input_ids[rows, columns])
+
+
+def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
+    """`Marks.shared`."""
+    if len(input_ids) < 2:
+        return 0
+    differs = (input_ids != input_ids[:1]).any(0) | completion_mask.any(0).roll(-1)
+    return int(differs.float().argmax())
+
+
 @dataclass
 class Batch:
-    """One forward and backward pass.
+    """One forward and backward pass; on the host.
 
     Attributes:
         input_ids: [rows, length] int64, padded on the right.
         completion_mask: [rows, length] bool; True on supervised tokens. Made from lengths, so pad = EOS cannot mask an EOS.
         weights: [rows] float32; what each rationale's summed NLL is multiplied by.
         question_ids: of the rows, for messages.
+        marks: of the supervised tokens.
     """
 
     input_ids: Tensor
     completion_mask: Tensor
     weights: Tensor
     question_ids: list[str]
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.completion_mask.to(device), self.weights.to(device), self.question_ids)
-
-    @property
-    def row_of_token(self) -> Tensor:
-        """[number of supervised tokens] int64: the row each supervised token belongs to, in the order of `token_logprobs`."""
-        return self.completion_mask.nonzero()[:, 0]
+    marks: Marks
 
 
 @dataclass
@@ -62,7 +88,8 @@ def collate(examples: Sequence[Example], weights: Sequence[float], pad_id: int) 
     for row, example in enumerate(examples):
         input_ids[row, : len(example)] = torch.tensor(example.prompt_ids + example.completion_ids)
         mask[row, len(example.prompt_ids) : len(example)] = True
-    return Batch(input_ids, mask, torch.tensor(weights, dtype=torch.float32), [e.question_id for e in examples])
+    questions = [e.question_id for e in examples]
+    return Batch(input_ids, mask, torch.tensor(weights, dtype=torch.float32), questions, marks_of(input_ids, mask))
 
 
 def bucket(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Example]]:
@@ -74,3 +101,8 @@ def bucket(examples: Sequence[Example], tokens_per_batch: int) -> list[list[Exam
         else:
             buckets.append([example])
     return buckets
+
+
+def to(device: torch.device, tensor: Tensor) -> Tensor:
+    """`tensor` of the host on a device, without a wait for what that has to do before."""
+    return tensor.to(device, non_blocking=True)

@@ -130,8 +130,8 @@ def footprint(shape: Shape, work: Work) -> dict[str, Bytes]:
         kept["moments"] = 4 * work.moments * n
     phases = {"E-step": kept | _sampling(shape, work, width)}
     if work.trains:
-        # the head's gradient and the embedding's, which are one parameter's, meet at the end of the backward pass
-        more = shape.table * width if work.adapter is None else 0
+        # the head's gradient: its float32 sum and a product; in the end the embedding's meets it, which is the same parameter's
+        more = shape.table * (4 + width % 4) if work.adapter is None else 0
         vllm = {"vLLM": shape.parameters * width} if work.engine == "vllm" and work.device == "cpu" else {}  # there it never sleeps
         phases["M-step"] = kept | {"gradients": 4 * n + more, "activations": _training(shape, work, width)} | vllm
     return phases

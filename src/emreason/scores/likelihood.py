@@ -39,15 +39,14 @@ class Scorer(Protocol):
 @torch.no_grad()
 def completion_logprobs(model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0, tokens_per_batch: int = 4096) -> list[float]:
     """A `Scorer` when bound to a model: one batched forward pass, no dropout, the model's own precision."""
-    device = next(model.parameters()).device
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     rows = [Example(str(i), *pairs[i]) for i in order]
     found = [0.0] * len(pairs)
     with evaluating(model):
         for examples in bucket(rows, tokens_per_batch):
-            batch = collate(examples, [1.0] * len(examples), pad_id=0).to(device)
-            logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, temperature=temperature).double()
-            sums = torch.zeros(len(examples), dtype=torch.float64, device=device).index_add(0, batch.row_of_token, logprobs)
+            batch = collate(examples, [1.0] * len(examples), pad_id=0)
+            logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, temperature=temperature, marks=batch.marks)
+            sums = torch.zeros(len(examples), dtype=torch.float64).index_add(0, batch.marks.rows, logprobs.cpu().double())
             for example, value in zip(examples, sums.tolist(), strict=True):
                 found[int(example.question_id)] = value
     return found

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from emreason.models.batches import Marks, marks_of, to
 from emreason.models.families import base_causal_lm
 from emreason.models.training.packed import can_pack_rows, packed_states
 from emreason.models.training.products import head_logprobs
@@ -163,7 +164,14 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    completion_mask: Tensor,
+    chunk: int = 256,
+    temperature: float = 1.0,
+    marks: Marks | None = None,
+) -> Tensor:
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
@@ -171,37 +179,30 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     packed, what any of them share (system prompt, instruction, a question).
 
     Args:
-        input_ids: [rows, length] int64, right-padded.
+        input_ids: [rows, length] int64, right-padded; on the host, as all of these.
         completion_mask: [rows, length] bool; the first column must be False (nothing comes before it).
         temperature: of softmax(logits / temperature).
+        marks: `marks_of` the two, if they are known.
 
     Returns:
-        [number of marked tokens] float32, row by row.
+        [number of marked tokens] float32, row by row, on the model's device.
     """
     causal_lm = base_causal_lm(model)
-    decoder = causal_lm.base_model
-    shared = shared_prefix(input_ids, completion_mask)
+    decoder, device = causal_lm.base_model, next(model.parameters()).device
+    marks = marks or marks_of(input_ids, completion_mask)
+    shared, (rows, at, targets) = marks.shared, (to(device, t) for t in (marks.rows, marks.at, marks.targets))
     if can_pack_rows(causal_lm):
         states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
     elif shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
+        hidden = decoder(input_ids=to(device, input_ids), use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1).index_select(0, at)
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
-        prefix = DynamicCache(config=causal_lm.config)
+        prefix, input_ids = DynamicCache(config=causal_lm.config), to(device, input_ids)
         decoder(input_ids=input_ids[:1, :shared], past_key_values=prefix, use_cache=True)
         prefix.batch_repeat_interleave(len(input_ids))
         hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=prefix, use_cache=True).last_hidden_state
-        states = hidden[:, :-1][completion_mask[:, shared + 1 :]]
-    targets = input_ids[:, 1:][completion_mask[:, 1:]]
+        states = hidden.flatten(0, 1).index_select(0, at - shared * (rows + 1))
     return head_logprobs(causal_lm, states, targets, chunk, temperature)
-
-
-def shared_prefix(input_ids: Tensor, completion_mask: Tensor) -> int:
-    """Leading positions that hold the same tokens in all rows and come before every row's last prompt token; 0 for one row."""
-    if len(input_ids) < 2:
-        return 0
-    differs = (input_ids != input_ids[:1]).any(0) | completion_mask.any(0).roll(-1)
-    return int(differs.float().argmax())
 
 
 def mean(values: Iterable[float]) -> float | None:

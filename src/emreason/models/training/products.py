@@ -66,7 +66,7 @@ class _Product(torch.autograd.Function):
         if a is None or b is None:
             y = F.linear(inputs, weight, bias)
         else:
-            low_a, low_b = _as(x.dtype, a), _as(x.dtype, b * scale)
+            low_a, low_b = in_precision(x.dtype, a), in_precision(x.dtype, b * scale)
             inner = inputs @ low_a.T
             y = torch.addmm(inner @ low_b.T, inputs, weight.T)
             if bias is not None:
@@ -126,7 +126,9 @@ class _Head(torch.autograd.Function):
             (of_x,) = ctx.saved_tensors
             return (of_x * g).to(of_x.dtype), None, None, None, None
         x, weight, targets, kept = ctx.saved_tensors
-        of_x, of_weight, weighed = torch.empty_like(x), torch.zeros_like(weight), (x * g).to(x.dtype)
+        of_x, weighed = torch.empty_like(x), (x * g).to(x.dtype)
+        # summed in float32: over many chunks bfloat16 would round what is added away
+        of_weight = torch.zeros_like(weight, dtype=weight.dtype if len(x) <= ctx.chunk else torch.float32)
         for begin in range(0, len(x), ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             of_logits = kept
@@ -134,8 +136,11 @@ class _Head(torch.autograd.Function):
                 of_logits = F.linear(x[part], weight)
                 _target_logprobs(of_logits, targets[part], ctx.temperature)
             torch.mm(of_logits, weight, out=of_x[part])
-            of_weight.addmm_(of_logits.T, weighed[part])
-        return of_x.mul_(g), of_weight, None, None, None
+            if of_weight.dtype == weight.dtype:
+                of_weight.addmm_(of_logits.T, weighed[part])
+            else:
+                of_weight += of_logits.T @ weighed[part]
+        return of_x.mul_(g), of_weight.to(weight.dtype), None, None, None
 
 
 def head_logprobs(causal_lm: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
@@ -166,7 +171,8 @@ def _target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Ten
     return out
 
 
-def _as(dtype: torch.dtype, weight: Tensor) -> Tensor:
+def in_precision(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """A float32 factor of an adapter as products take it."""
     return dithered(weight) if dtype == torch.bfloat16 else weight.to(dtype)
 
 
