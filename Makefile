@@ -16,7 +16,7 @@ STUDY ?= # more overrides, e.g. STUDY='model=tiny_llama token_budget=500'
 SCALE ?= gpu
 QWEN ?=
 
-.PHONY: help setup demo study reproduce data test faults bench test-vllm lint format clean
+.PHONY: help setup demo study reproduce data test faults bench gpu-check test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -64,6 +64,9 @@ faults: $(STAMP)  ## plant faults one at a time in a copy of the tree; which of 
 bench: $(STAMP)  ## E-step, M-step and a whole iteration beside transformers, vLLM and TRL (DEVICE=cuda MODEL=llama32_3b_random on a GPU; MODEL=FILE.gguf or a folder [QUESTIONS=16 TIMEOUT=1800]; ONLY="growth 'M-step: TRL'")
 	$(BIN)/python -m emreason.questions.mirror .data/hub
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/python -m emreason.bench --device $(DEVICE) --model '$(MODEL)' $(if $(QUESTIONS),--questions $(QUESTIONS)) $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(if $(ONLY),--only $(ONLY))
+
+gpu-check: $(STAMP)  ## what a first GPU is asked, part by part, a JSON line each, ten minutes at most (without a GPU: small, on the CPU)
+	$(BIN)/python -m emreason.bench.gpu_check
 
 VLLM := .venvs/test-vllm
 test-vllm: $(VLLM)/.installed  ## the vLLM engine, in an environment of its own

@@ -94,6 +94,7 @@ class Work:
         device: `cpu` or `cuda`.
         dtype: of weights and activations.
         engine: `inprocess`, `vllm` beside the trainer, or `server` elsewhere.
+        quantization: `nf4`, `int8`: what the layers' matrices are kept in; None: in `dtype`.
         adapter: rank and target modules (`all-linear`, or names) of LoRA; None: all weights are trained.
         trains: whether there is an M-step at all.
         rows, prompt, drawn: completions at once, the longest prompt and the longest completion, tokens.
@@ -113,6 +114,11 @@ class Work:
     tokens: int
     again: bool
     moments: int = 2
+    quantization: str | None = None
+
+
+QUANTIZED = {"nf4": 0.516, "int8": 1.0}
+"""Bytes of a number, its block's share of the scales in it."""
 
 
 def trained(shape: Shape, work: Work) -> int:
@@ -127,7 +133,10 @@ def trained(shape: Shape, work: Work) -> int:
 def footprint(shape: Shape, work: Work) -> dict[str, Bytes]:
     """Bytes of each part in the E-step and in the M-step, on one device: every batch full, every completion as long as it may be."""
     width, n = FORMATS[work.dtype], trained(shape, work)
-    kept: Bytes = {"weights": shape.parameters * width, "libraries": LIBRARIES[work.device]}
+    weights = shape.parameters * width
+    if work.quantization:
+        weights -= shape.linear * (width - QUANTIZED[work.quantization])
+    kept: Bytes = {"weights": weights, "libraries": LIBRARIES[work.device]}
     if work.adapter is not None:
         kept["adapters"] = 4 * n
     if work.trains and work.adapter is None and width < 4:
@@ -150,7 +159,7 @@ def _sampling(shape: Shape, work: Work, width: int) -> Bytes:
         return {"vLLM": 1.1 * shape.parameters * width, "K/V": shape.kv_bytes(work.prompt + work.drawn, width)}
     rows, positions = -(-work.rows // 8) * 8, -(-(work.prompt + work.drawn) // 64) * 64
     parts = {"K/V": shape.kv_bytes(rows * positions + KEPT_PREFIXES, width)}
-    if work.device == "cpu":
+    if work.device == "cpu" and not work.quantization:
         parts["packed copy"] = (shape.linear + shape.table) * width * PACKED[work.dtype]
         if work.adapter is not None:  # it takes the place of weights that are mapped from a file
             parts["weights"] = shape.table * width
@@ -161,7 +170,9 @@ def _sampling(shape: Shape, work: Work, width: int) -> Bytes:
 
 def _training(shape: Shape, work: Work, width: int) -> float:
     d, f, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if work.device == "cpu":  # `models/training/packed.py`: a float32 residual stream and attention, the gate made again
+    if (
+        work.device == "cpu" and not work.quantization
+    ):  # `models/training/packed.py`: a float32 residual stream and attention, the gate made again
         layer, between = 8 * d + 2 * width * d + 4 * (2 * q + 2 * kv) + width * q + 2 * width * f, 4 * d
     else:  # the model's own forward keeps norms in float32 and every step of the MLP
         layer, between = (8 + 4 * width) * d + width * (3 * q + 2 * kv) + 4 * width * f, width * d

@@ -59,11 +59,19 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def load_pretrained(
-    path: str, dtype: torch.dtype = torch.float32, gguf_file: str | None = None, trust_remote_code: bool = False
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """A causal LM and its tokenizer from a Hub id or a local folder (`gguf_file`: a GGUF inside it).
 
     Weights that are of `dtype` in the file are not read but mapped, privately: what is written to them stays in this process.
+
+    Args:
+        quantization: `nf4` (QLoRA's four bits, their scales quantised, too) or `int8`: what the layers' matrices are kept in; products
+            are in `dtype`. Such weights are not trained: adapters are.
 
     Raises:
         UserError: the model or its tokenizer cannot be loaded, do not belong together, or there is no EOS token.
@@ -77,7 +85,10 @@ def load_pretrained(
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.load.path={path!r}: the tokenizer has no EOS token, so no completion could end; set one and save it again.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+        how: dict[str, Any] = {} if quantization is None else {"quantization_config": _quantization(quantization, dtype)}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **how)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model.load.path={path!r}: the weights could not be loaded ({_first_line(error)}); {_ways_out(path)}") from error
     rows = next(model.get_input_embeddings().parameters()).shape[0]
@@ -88,6 +99,19 @@ def load_pretrained(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if name not in ("nf4", "int8"):
+        raise UserError(f"model.load.quantization={name}: it must be nf4, int8 or null.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.load.quantization={name} needs bitsandbytes: pip install 'emreason[quantized]'.")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    four: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
 
 
 def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -185,6 +209,8 @@ def _remove_unused(root: Path) -> None:
 
 def drop_quantization(model: PreTrainedModel) -> None:
     """Forget that a model came from a GGUF: the weights are plain floats already, but `save_pretrained` would refuse."""
+    if getattr(model, "is_quantized", False):  # in truth
+        return
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

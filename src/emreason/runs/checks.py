@@ -107,6 +107,7 @@ ALLOWED = {
     "dataset.limit.train": or_null(whole(1)),
     "dataset.limit.validation": or_null(whole(1)),
     "dataset.limit.test": or_null(whole(1)),
+    "model.load.quantization": one_of("nf4", "int8", None),
     "engine.max_batch": whole(1),
     "engine.dtype": one_of("auto", "float32", "bfloat16"),
     "optimizer.lr": number(0),

@@ -193,6 +193,10 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
         model, tokenizer = hydra.utils.instantiate(cfg.model.load, _partial_=True)(dtype=chosen)
         if "add" in cfg.peft:
             model = hydra.utils.instantiate(cfg.peft.add)(model)
+        elif cfg.model.load.get("quantization") and "m_step" in cfg:
+            raise UserError(
+                f"model.load.quantization={cfg.model.load.quantization}: such weights are not trained; add adapters: peft=lora."
+            )
         loading.note = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {str(chosen).removeprefix('torch.')}"
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)
     prompts = Prompts(tokenizer, dataset.prompt, dataset.worked_examples())

@@ -77,6 +77,7 @@ def work_of(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, d
         tokens=max(batch, a_row),
         again=bool(train and cfg.m_step.gradient_checkpointing),
         moments=moments,
+        quantization=cfg.model.load.get("quantization"),
     )
 
 
@@ -119,6 +120,8 @@ def _mends(work: Work) -> list[tuple[str, Work]]:
         found.append(("engine.dtype=bfloat16", replace(work, dtype="bfloat16")))
     if work.trains and work.adapter is None:
         found.append(("peft=lora", replace(work, adapter=(16, "all-linear"))))
+    if work.quantization is None and work.adapter is not None and work.engine == "inprocess":
+        found.append(("model.load.quantization=nf4", replace(work, quantization="nf4")))
     if work.trains and len(found) > 1:
         everything = replace(work, rows=min(work.rows, 8), again=True, dtype="bfloat16", adapter=work.adapter or (16, "all-linear"))
         words = ["engine.max_batch=8", "m_step.gradient_checkpointing=true", "engine.dtype=bfloat16", "peft=lora"]
