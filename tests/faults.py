@@ -1348,8 +1348,8 @@ FAULTS = [
     fault(
         "gpu: an evaluation stays on the CPU",
         "evaluate.py",
-        "experiment.model.to(experiment.device).requires_grad_(False)",
-        "experiment.model.requires_grad_(False)",
+        "        experiment.model.to(experiment.device)  # in",
+        "        pass  # in",
         "runs/test_gpus.py::test_an_evaluation_moves_the_model_to_its_device",
     ),
     fault(

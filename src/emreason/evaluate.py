@@ -45,7 +45,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
     experiment = build(cfg)
-    experiment.model.to(experiment.device).requires_grad_(False)  # in training Lightning moves it
+    if next(experiment.model.parameters()).device.type != experiment.device.type:  # a quantised one is there and may not be moved
+        experiment.model.to(experiment.device)  # in training Lightning moves it
+    experiment.model.requires_grad_(False)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
     watch = Stopwatch()

@@ -61,7 +61,7 @@ def test_a_part_that_fails_says_so_and_the_next_goes_on(monkeypatch, capsys):
     parts = {
         "breaks": breaks,
         "wrong": lambda found: found.expect(False, "too slow"),
-        "fine": lambda found: None,
+        "fine": lambda _: None,
         "slow": slow,
         "last": lambda _: None,
     }
