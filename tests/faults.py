@@ -90,7 +90,7 @@ FAULTS = [
     fault(
         "clipping: dropped",
         "em/m_step.py",
-        "torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)",
+        "torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)",
         "pass",
         "em/test_module.py::test_clipping_shortens_a_long_gradient_and_leaves_a_short_one",
     ),

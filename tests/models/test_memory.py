@@ -70,7 +70,7 @@ def test_other_errors_of_a_decoder_are_not_taken_for_a_lack_of_memory(monkeypatc
 
 
 def test_out_of_memory_in_the_m_step_names_the_settings(monkeypatch, tmp_path, capfd) -> None:
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr("emreason.em.m_step.token_logprobs", full)

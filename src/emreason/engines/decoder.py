@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
-from emreason.engines.prefill import Prompts, kept_slots, put, variable_length
+from emreason.engines.prefill import Prompts, VarlenAttention, kept_slots, put, variable_length
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
 from emreason.models.training.packed import attention, rotate
 
@@ -146,9 +146,9 @@ class FusedDecoder:
             self._prefill(batch)
 
     def _prefill(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        self._prefill_together(jobs) if self.varlen else self._prefill_each(jobs)
+        self._prefill_together(jobs, self.varlen) if self.varlen else self._prefill_each(jobs)
 
-    def _prefill_together(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+    def _prefill_together(self, jobs: Sequence[tuple[int, int, Sequence[int]]], varlen: VarlenAttention) -> None:
         """As `_prefill_each`, with so many kernels a layer for any number of prompts."""
         prompts = Prompts.of(jobs, self.kv_heads, self.keys[0].shape[2], self.device)
         x = self._embed(prompts.ids)
@@ -161,7 +161,7 @@ class FusedDecoder:
             put(self.keys[i], prompts.new, k)
             put(self.values[i], prompts.new, v)
             if i + 1 < len(self.layers):
-                attended = prompts.attend(self.varlen, self.facts, layer.window, q, k, v, self.keys[i], self.values[i])
+                attended = prompts.attend(varlen, self.facts, layer.window, q, k, v, self.keys[i], self.values[i])
                 h = self._finish(i, x, attended.flatten(1))
 
     def _prefill_each(self, jobs: Sequence[tuple[int, int, Sequence[int]]]) -> None:

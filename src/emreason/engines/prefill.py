@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emreason.models.families import Facts
 
-VarlenAttention = Callable[..., Tensor]
+VarlenAttention = Callable[..., Any]
 """`torch.nn.attention.varlen.varlen_attn`: of queries and keys end to end, each sequence's last query seeing its last key."""
 
 
@@ -62,13 +62,14 @@ class Prompts:
         flat = [*(n for one in new for n in one), *(n for one in seen for n in one), *edges]
         told = torch.tensor(flat).to(device, non_blocking=True)
         of_new, of_seen, of_edges = told.split([3 * len(new), 2 * len(seen), len(edges)])
+        seen_row, seen_at = of_seen.view(-1, 2).T
         ids, row, at = of_new.view(-1, 3).T.contiguous()
         queries, keys = of_edges.int().view(2, -1)
         return Prompts(
             ids,
             at,
             slots(row, at, kv_heads, width),
-            None if fresh else slots(*of_seen.view(-1, 2).T, kv_heads, width),
+            None if fresh else slots(seen_row, seen_at, kv_heads, width),
             queries,
             keys,
             max(q for q, _ in lengths),
@@ -83,7 +84,8 @@ class Prompts:
             k, v = (cache.view(-1, cache.shape[3]).index_select(0, self.seen).view(-1, *k.shape[1:]) for cache in (keys, values))
         several: dict[str, Any] = {"scale": facts.scale, "enable_gqa": facts.heads != facts.kv_heads}
         edges = (self.queries, self.keys, self.longest_query, self.longest_key)
-        return varlen(q, k, v, *edges, window_size=(-1 if window is None else window - 1, 0), **several)
+        attended: Tensor = varlen(q, k, v, *edges, window_size=(-1 if window is None else window - 1, 0), **several)
+        return attended
 
 
 def slots(row: Tensor, position: Tensor, kv_heads: int, width: int) -> Tensor:

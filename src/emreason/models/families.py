@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from emreason.models.memory import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 GATES = {"silu": False, "gelu_pytorch_tanh": True}
@@ -212,6 +214,8 @@ def agrees(base: Any, forward: Callable[[Any, Facts, list[int]], Tensor]) -> boo
             return True  # of weights that have diverged: what is computed with them will tell
         said = f"logits differ by {difference:.1g} of the largest" if difference > TOLERANCE else ""
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         said = str(error)
     verdicts[name] = not said
     if said:

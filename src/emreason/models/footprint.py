@@ -133,7 +133,7 @@ def trained(shape: Shape, work: Work) -> int:
 def footprint(shape: Shape, work: Work) -> dict[str, Bytes]:
     """Bytes of each part in the E-step and in the M-step, on one device: every batch full, every completion as long as it may be."""
     width, n = FORMATS[work.dtype], trained(shape, work)
-    weights = shape.parameters * width
+    weights = float(shape.parameters * width)
     if work.quantization:
         weights -= shape.linear * (width - QUANTIZED[work.quantization])
     kept: Bytes = {"weights": weights, "libraries": LIBRARIES[work.device]}
@@ -158,7 +158,7 @@ def _sampling(shape: Shape, work: Work, width: int) -> Bytes:
     if work.engine == "vllm":  # as much K/V as there is room for, one row at least
         return {"vLLM": 1.1 * shape.parameters * width, "K/V": shape.kv_bytes(work.prompt + work.drawn, width)}
     rows, positions = -(-work.rows // 8) * 8, -(-(work.prompt + work.drawn) // 64) * 64
-    parts = {"K/V": shape.kv_bytes(rows * positions + KEPT_PREFIXES, width)}
+    parts: Bytes = {"K/V": shape.kv_bytes(rows * positions + KEPT_PREFIXES, width)}
     if work.device == "cpu" and not work.quantization:
         parts["packed copy"] = (shape.linear + shape.table) * width * PACKED[work.dtype]
         if work.adapter is not None:  # it takes the place of weights that are mapped from a file

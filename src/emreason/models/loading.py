@@ -209,8 +209,8 @@ def _remove_unused(root: Path) -> None:
 
 def drop_quantization(model: PreTrainedModel) -> None:
     """Forget that a model came from a GGUF: the weights are plain floats already, but `save_pretrained` would refuse."""
-    if getattr(model, "is_quantized", False):  # in truth
-        return
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        return  # these are not
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

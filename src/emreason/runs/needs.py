@@ -18,6 +18,7 @@ from emreason.models.sizes import config
 from emreason.questions.datasets import Dataset
 from emreason.questions.prompts import Prompts
 from emreason.schemes.samplers import Scheme
+from emreason.types import Proposal
 
 CHARACTERS = 3.5
 """Of a token: fewer than in English text, so that the longest prompt is rather over- than underestimated."""
@@ -54,9 +55,10 @@ def work_of(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, d
     examples = scheme.n_examples(0) if train else cfg.examples
     longest = max(dataset.questions("train" if train else cfg.split), key=lambda q: len(q.text) + sum(map(len, q.choices)))
 
-    def tokens(proposal: str, n: int) -> int:
+    def tokens(proposal: Proposal, n: int) -> int:
         return round(len(prompts.text(longest, proposal, n)) / CHARACTERS)
 
+    proposals: tuple[Proposal, ...] = ("question", *(scheme.tries if train else ()))
     drawn = scheme.max_new_tokens
     a_row = tokens("question", 0) + drawn
     batch = min(cfg.m_step.tokens_per_batch, cfg.m_step.batch_size * a_row) if train else 0
@@ -72,7 +74,7 @@ def work_of(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, d
         adapter=(int(add["r"]), targets if isinstance(targets, str) else tuple(targets)) if "r" in add else None,
         trains=train,
         rows=min(int(cfg.engine.get("max_batch", 1)), questions),
-        prompt=max(tokens(proposal, examples) for proposal in ("question", *(scheme.tries if train else ()))),
+        prompt=max(tokens(proposal, examples) for proposal in proposals),
         drawn=drawn,
         tokens=max(batch, a_row),
         again=bool(train and cfg.m_step.gradient_checkpointing),
