@@ -62,7 +62,7 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
         map_large_blocks()
         phase[0] = "M-step"
         rows = [Example(str(i), tuple(range(9 + i, 9 + i + LENGTH // 2)), tuple(range(i, i + LENGTH // 2))) for i in range(SEQUENCES)]
-        accumulate(model.train(), Step([collate(rows, [0.1] * SEQUENCES, 0)]), torch.device("cpu"), 0)
+        accumulate(model.train(), Step([collate(rows, [0.1] * SEQUENCES, 0)] * 2), torch.device("cpu"), 0)
         optimizer.step()
         optimizer.zero_grad()
         phase[0] = "between"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -35,10 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS)
     options = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline")
-    stand_in()
     warnings.simplefilter("ignore")
+    import lightning  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    import transformers  # noqa: F401
 
+    stand_in()  # now that these have looked for what is there
     from emreason.bench import gpu_parts
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +112,7 @@ def stand_in() -> None:
 
 def _module(name: str, **content: Any) -> types.ModuleType:
     module = sys.modules[name] = types.ModuleType(name)
-    module.__dict__.update(content)
+    module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
     return module
 
 

@@ -20,7 +20,7 @@ PACKED = {"float32": 1.4, "bfloat16": 1.0}
 """How much larger a CPU's packed weights are: measured of SmolLM2's, as the next."""
 
 HEAP = 1.7
-"""What a CPU's heap grows by for a byte of activations: glibc puts them between what is freed while they live."""
+"""What a CPU's heap grows by for a byte of activations in a step of several batches: glibc does not find all of what it has freed again."""
 
 Bytes = dict[str, float]
 
