@@ -13,11 +13,20 @@ import torch
 from emreason.bench import gpu_check, gpu_parts
 
 WITHOUT = """
-import importlib.abc, importlib.util, sys
+import importlib.abc, importlib.metadata, importlib.util, sys
+HIDDEN = ("datasets", "gguf", "wandb", "xxhash", "pandas", "scipy", "matplotlib")
 found = importlib.util.find_spec
+def hidden(function):
+    def asked(name, *more):
+        if name in HIDDEN:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return function(name, *more)
+    return asked
+importlib.metadata.version = hidden(importlib.metadata.version)
+importlib.metadata.distribution = hidden(importlib.metadata.distribution)
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("datasets", "gguf", "wandb", "xxhash", "pandas", "scipy", "matplotlib"):
+        if name.partition(".")[0] in HIDDEN:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
 def spec(name, package=None):
