@@ -44,7 +44,7 @@ def a_step(params: SamplingParams, steps: int, monkeypatch: pytest.MonkeyPatch, 
 def test_several_steps_copy_nothing_and_wait_once(params, monkeypatch):
     counted, uploaded = a_step(params, 4, monkeypatch)
     assert (counted.up, counted.down) == (0, 1)
-    assert (uploaded.up, uploaded.down) == (2, 0)
+    assert (uploaded.up, uploaded.waited, uploaded.down) == (2, 0, 0)
 
 
 def test_kernels_of_a_step(monkeypatch):

@@ -61,7 +61,7 @@ class Shaping:
         rows = [[1 / (p.temperature or 1) for p in params], [p.top_p for p in params], [float(p.temperature == 0) for p in params]]
         warm = any(p.temperature not in (0, 1) for p in params)
         nucleus = any(p.top_p < 1 and p.temperature > 0 for p in params)
-        inverse, top_p, cold = torch.tensor(rows).to(device)
+        inverse, top_p, cold = torch.tensor(rows).to(device, non_blocking=True)
         return Shaping(inverse, top_p, cold, warm, nucleus, any(p.temperature == 0 for p in params))
 
 

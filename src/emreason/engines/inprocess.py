@@ -265,7 +265,7 @@ class _Batch:
     def _upload(self) -> None:
         """What the device needs to know of the rows, in two copies."""
         known = [(row.token, row.length, signed(row.request.seed), len(row.drawn)) for row in self.rows]
-        self.state = torch.tensor(known).T.contiguous().to(self.decoder.device)
+        self.state = torch.tensor(known).T.contiguous().to(self.decoder.device, non_blocking=True)
         self.shaping = Shaping.of([row.request.params for row in self.rows], self.decoder.device)
         self.changed = False
 
