@@ -16,6 +16,7 @@ from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
 from emreason.engines.prefill import Prompts, VarlenAttention, kept_slots, put, variable_length
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
+from emreason.models.memory import trim
 from emreason.models.training.packed import attention, rotate
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
@@ -114,6 +115,8 @@ class FusedDecoder:
                     caches[i] = new
                 else:
                     caches.append(new)
+        if self.device.type == "cpu":
+            trim()  # what packing took in between, the narrower caches
         self.positions = torch.arange(width, device=self.device)
         tables = self.facts.tables(torch.empty(0, dtype=self.dtype, device=self.device), self.positions)
         self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
