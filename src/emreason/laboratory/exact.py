@@ -20,8 +20,9 @@ from emreason.questions.prompts import Prompts, PromptTemplate
 from emreason.reports.tables import Entry, Table, rich_table
 from emreason.runs.journal import write_json
 from emreason.runs.keys import TRAIN_KEYS, check_keys
+from emreason.schemes.chain import remembered
 from emreason.schemes.samplers import Scheme, sample
-from emreason.schemes.weights import remembered, score_weights, weigh
+from emreason.schemes.weights import score_weights, weigh
 
 EXACT = "exact EM"
 
@@ -95,18 +96,17 @@ def goodness_of_fit(counts: np.ndarray, law: np.ndarray) -> float:
 def sampled_counts(model: Tabular, scheme: Scheme, draws: int, seed: int) -> np.ndarray:
     """What `samplers.sample` and `weights.weigh` hand the M-step in `draws` independent E-steps: total weight per [question, rationale].
 
-    Of TRICE the persistent rationales: its weights also hold the control variate, whose mean is 0.
+    Where rationales persist, these: the weights also hold the control variate, whose mean is 0.
     """
     tokenizer = tiny_tokenizer()
     prompts = Prompts(tokenizer, PromptTemplate(instruction="", hint="({answer})"))
     questions = make_questions(model, draws)
     engine = TabularEngine(model, questions, prompts, tokenizer)
     attempts = list(sample(questions, scheme, engine, prompts, tokenizer, seed=seed, iteration=0))
-    if scheme.weighs_by_importance:
+    if scheme.needs_scores:
         attempts = score_weights(attempts, {q.id: q for q in questions}, scheme, prompts, engine.score, 0)
     counts = np.zeros(model.z_logits.shape)
-    trice = scheme.weigh == "trice"
-    kept = list(remembered(attempts, {}).values()) if trice else weigh(attempts, scheme, seed=seed, iteration=0)
+    kept = list(remembered(attempts, {}, seed).values()) if scheme.persists else weigh(attempts, scheme, seed=seed, iteration=0)
     for rationale in kept:
         if rationale.weight:
             counts[int(rationale.question_id.split("/")[0]), rationale_index(model, rationale.text)] += rationale.weight

@@ -100,18 +100,23 @@ class Scheme:
                 "sampler.top_p=1, sampler.distinct=false and a temperature above 0."
             )
         n = len(self.tries)
-        if self.weigh == "rloo" and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
+        if self.weigh in ("rloo", "maxrl") and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
             raise UserError(
-                "sampler.weigh=rloo compares all draws of the plain prompt: set sampler.proposals={question: K} with K of at least 2, "
-                "sampler.keep=K and sampler.distinct=false."
+                f"sampler.weigh={self.weigh} compares all draws of the plain prompt: set sampler.proposals={{question: K}} with K of at "
+                "least 2, sampler.keep=K and sampler.distinct=false."
             )
         if self.weigh == "trice" and (self.tries != ("question", "rationalization") or self.keep < 2 or self.distinct):
             raise UserError(
                 "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
                 "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
             )
-        if self.choose == "adaptive" and self.weigh == "trice":
-            raise UserError("sampler.choose=adaptive does not go with sampler.weigh=trice, which begins with a draw of every question.")
+        if self.weigh == "mh" and (self.keep > 1 or self.top_p < 1 or self.temperature == 0 or self.distinct):
+            raise UserError(
+                "sampler.weigh=mh compares the first right draw, from the whole distribution, with the rationale kept before: set "
+                "sampler.keep=1, sampler.top_p=1, sampler.distinct=false and a temperature above 0."
+            )
+        if self.choose == "adaptive" and self.persists:
+            raise UserError(f"sampler.choose=adaptive does not go with sampler.weigh={self.weigh}, whose rationales are of every question.")
 
     @property
     def tries(self) -> tuple[Proposal, ...]:
@@ -124,13 +129,23 @@ class Scheme:
 
     @property
     def weighs_by_importance(self) -> bool:
-        """Whether the weights need a scoring pass."""
+        """Whether accepted draws of one question are weighed against one another by importance."""
         return self.weigh in ("importance", "resample")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the weights need a scoring pass."""
+        return self.weighs_by_importance or self.weigh == "mh"
+
+    @property
+    def persists(self) -> bool:
+        """Whether each question has a rationale that is kept from one iteration to the next."""
+        return self.weigh in ("trice", "mh")
 
     @property
     def needs_past(self) -> bool:
         """Whether an E-step needs the attempts of earlier iterations."""
-        return self.weigh == "trice" or self.choose == "adaptive"
+        return self.persists or self.choose == "adaptive"
 
     @property
     def params(self) -> SamplingParams:
