@@ -125,8 +125,8 @@ FAULTS = [
     fault(
         "TRICE: remembers the last iteration alone",
         "em/e_step.py",
-        "remembered(drawn, known), past, {})",
-        "remembered(drawn, {}), past, {})",
+        "remembered(drawn, known, self.seed), past, {})",
+        "remembered(drawn, {}, self.seed), past, {})",
         "em/test_e_step.py::test_trice_remembers_every_earlier_iteration",
     ),
     fault(
@@ -540,8 +540,8 @@ FAULTS = [
     fault(
         "RLOO: a draw is in its own baseline",
         "schemes/weights.py",
-        "others = sum(a.accepted for a in group) - attempt.accepted",
-        "others = sum(a.accepted for a in group)",
+        "others = right - attempt.accepted",
+        "others = right",
         "schemes/test_weights.py::test_rloo_weighs_every_draw_against_the_others",
     ),
     fault(
@@ -553,17 +553,52 @@ FAULTS = [
     ),
     fault(
         "TRICE: β depends on the draw itself",
-        "schemes/weights.py",
+        "schemes/chain.py",
         "(correct - a.accepted) / (len(drawn) - 1)",
         "correct / len(drawn)",
         "schemes/test_weights.py::test_trice_keeps_a_rationale_and_subtracts_the_control_variate",
     ),
     fault(
         "TRICE: a wrong draw replaces the rationale",
-        "schemes/weights.py",
-        "        if attempt.accepted:\n            after[",
-        "        if True:\n            after[",
+        "schemes/chain.py",
+        "        if not attempt.accepted:\n            continue\n",
+        "",
         "schemes/test_weights.py::test_trice_keeps_a_rationale_and_subtracts_the_control_variate",
+    ),
+    fault(
+        "MaxRL: no control variate",
+        "schemes/weights.py",
+        "attempt.accepted / right - 1 / k",
+        "attempt.accepted / right",
+        "laboratory/test_gradients.py::test_maxrl_s_own_estimator_is_of_the_order_below",
+    ),
+    fault(
+        "MH: the kept rationale's weight is of the prompt that it came from",
+        "schemes/chain.py",
+        "prompts.ids(questions[a.question_id], a.proposal, examples), r.token_ids) for a, r in both]",
+        "prompts.ids(questions[a.question_id], r.proposal, examples), r.token_ids) for a, r in both]",
+        "schemes/test_chain.py::test_ratios_are_of_the_present_model_and_of_the_draw_s_own_prompt",
+    ),
+    fault(
+        "MH: every right draw is taken",
+        "schemes/chain.py",
+        "attempt.log_weight is None or uniform <",
+        "attempt.log_weight is None or uniform is not",
+        "laboratory/test_laboratory.py::test_the_program_s_chains_have_these_laws",
+    ),
+    fault(
+        "MH: a control variate whose mean is not 0",
+        "schemes/chain.py",
+        "if draws_the_model(a, scheme) or not strict]",
+        "if True]",
+        "laboratory/test_laboratory.py::test_the_gradient_of_a_chain_is_that_of_its_law",
+    ),
+    fault(
+        "MH: worked examples are taken for the model's own prompt",
+        "schemes/chain.py",
+        "scheme.top_p != 1 or scheme.n_examples(attempt.iteration) > 0",
+        "scheme.top_p != 1",
+        "schemes/test_chain.py::test_only_the_plain_prompt_at_temperature_1_draws_the_model",
     ),
     fault(
         "keep: no cap",

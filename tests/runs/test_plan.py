@@ -51,11 +51,11 @@ def test_an_iteration_does_what_the_plan_says_at_most(name, answered, prompts, t
         return
     assert len(drawn) <= most["draws"]
     by_id = {q.id: q for q in questions}
-    if scheme.weighs_by_importance:
+    if scheme.needs_scores:
         drawn = score_weights(drawn, by_id, scheme, prompts, lambda given, *_: [-1.0 for _ in given], 0)
     weighed = weigh(drawn, scheme, seed=1, iteration=0, memory={})
     steps = steps_of(weighed, by_id, len(chosen), prompts, settings, seed=1, iteration=0, rank=0, world_size=1)
-    if scheme.weigh in ("rloo", "trice"):  # where all draws are right, none counts more than another
+    if scheme.weigh in ("rloo", "maxrl", "trice"):  # where all draws are right, none counts more than another
         assert len(steps) <= most["steps"]
     else:
         assert len(steps) == most["steps"]
