@@ -17,7 +17,7 @@ import pkgutil
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from emreason.questions.answers import extract, stop_at_answer
@@ -92,7 +92,8 @@ class Scheme:
             callable_ = False
         if not callable_:
             raise UserError(
-                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums or well_formed."
+                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums, well_formed or "
+                "verified."
             )
         if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
             raise UserError(
@@ -110,6 +111,8 @@ class Scheme:
                 "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
                 "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
             )
+        if self.weigh == "contrast" and set(self.tries) != {"rationalization"}:
+            raise UserError("sampler.weigh=contrast weighs hinted draws: set sampler.proposals={rationalization: K}.")
         if self.weigh == "mh" and (self.keep > 1 or self.top_p < 1 or self.temperature == 0 or self.distinct):
             raise UserError(
                 "sampler.weigh=mh compares the first right draw, from the whole distribution, with the rationale kept before: set "
@@ -135,7 +138,7 @@ class Scheme:
     @property
     def needs_scores(self) -> bool:
         """Whether the weights need a scoring pass."""
-        return self.weighs_by_importance or self.weigh == "mh"
+        return self.weighs_by_importance or self.weigh in ("mh", "contrast")
 
     @property
     def persists(self) -> bool:
@@ -184,6 +187,7 @@ def sample(
         replayed: attempts already journalled in this iteration; they are not drawn again and not yielded.
     """
     from emreason.engines.drawing import draw_seed  # and PyTorch, which a plan does without
+    from emreason.schemes.verification import asked_again, leads_to_gold
 
     examples = scheme.n_examples(iteration)
     by_id = {question.id: question for question in questions}
@@ -204,11 +208,20 @@ def sample(
         attempts = past.setdefault(question.id, [])
         if not is_settled(attempts, scheme):
             queue.append(request(question, len(attempts) + 1))
+    verify = getattr(pkgutil.resolve_name(scheme.reward), "asks_again", False)
+    unverified: dict[str, Rationale] = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
-        question_id, attempt = key
+        question_id, attempt, *again = key
         question = by_id[question_id]
-        rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
+        if again:
+            rationale = replace(unverified.pop(question_id), accepted=leads_to_gold(completion, question, tokenizer))
+        else:
+            rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
+            if verify and rationale.accepted and rationale.proposal == "rationalization":
+                unverified[question_id] = rationale
+                queue.appendleft(asked_again(rationale, question, prompts, tokenizer))
+                continue
         past[question_id].append(rationale)
         if not is_settled(past[question_id], scheme):
             queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V

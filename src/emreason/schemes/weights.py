@@ -13,6 +13,7 @@ from scipy.special import logsumexp, softmax
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
 from emreason.schemes.chain import acceptance_ratios, weigh_chain
+from emreason.schemes.contrast import contrast_weight, contrasts
 from emreason.schemes.samplers import Scheme, by_question
 from emreason.scores.likelihood import Scorer
 from emreason.types import Question, Rationale
@@ -31,10 +32,12 @@ def score_weights(
 
     q has the prompt of the attempt's proposal, worked examples included, and the sampling temperature; π is what is trained: plain
     zero-shot prompt, temperature 1. Both are of the sampled ids, by the same scoring pass, so that rounding does not enter the ratio.
-    `mh`: less that of the question's rationale in `memory`, see `chain.acceptance_ratios`.
+    `mh`: less that of the question's rationale in `memory`, see `chain.acceptance_ratios`. `contrast`: see `contrast.contrasts`.
     """
     if scheme.weigh == "mh":
         return acceptance_ratios(attempts, memory or {}, questions, scheme, prompts, score, iteration)
+    if scheme.weigh == "contrast":
+        return contrasts(attempts, questions, scheme, prompts, score, iteration)
     accepted = [a for a in attempts if a.accepted]
     examples = scheme.n_examples(iteration)
     target = score([(prompts.ids(questions[a.question_id]), a.token_ids) for a in accepted])
@@ -54,6 +57,7 @@ def weigh(
     - `rationales`: each counts 1, so a question counts as often as it has rationales (ReST-EM, Singh et al. 2023).
     - `questions`: each counts 1/n.
     - `importance`: self-normalised importance weights w̃ₖ ∝ π(zₖ, y*|x) / q(zₖ, y*|x); the posterior as K → ∞ (Owen 2013, §9.2).
+    - `contrast`: each counts how well it tells the right hint from a wrong one, in [0, 1], see `contrast.py`.
     - `resample`: one of them counts 1, drawn with probability w̃ₖ (sampling importance resampling, Rubin 1987).
 
     And for all draws of one question, wrong ones included:
@@ -84,6 +88,8 @@ def weigh(
                 uniform = draw_seed(seed, iteration, question_id, 0) / 2**63
                 chosen = min(bisect_right([*accumulate(shares)], uniform), len(kept) - 1)  # the shares may sum to less than 1
                 shares = [float(i == chosen) for i in range(len(kept))]
+        elif scheme.weigh == "contrast":
+            shares = [contrast_weight(a.log_weight or 0.0) for a in kept]
         else:
             shares = [1 / len(kept) if scheme.weigh == "questions" else 1.0] * len(kept)
         weights |= {(question_id, a.attempt): share for a, share in zip(kept, shares, strict=True)}
