@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -412,6 +413,11 @@ def test_the_command_s_table_and_figure(tmp_path, capsys):
     cfg = compose_config("experiment=exact", "laboratory.draws=40", "laboratory.iterations=3", "laboratory.questions=3")
     last = instantiate({"_target_": cfg.task, "_partial_": True})(cfg, tmp_path)
     assert last == exact.curve(make_tabular(3, 4, "ab", 3, cfg.seed, 1.0, Hint()), None, 3).log_marginal[-1]
+    found = json.loads((tmp_path / "exact.json").read_text())
+    assert found["RS-4"]["kl_of_unchanging_model"] is None
+    for name in ("TRICE", "PPS-MH", "STaR-MH"):
+        assert found[name]["kl_of_unchanging_model"] == sorted(found[name]["kl_of_unchanging_model"], reverse=True)
+        assert found[name]["kl_of_unchanging_model"][0] == pytest.approx(found[name]["kl"][0])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("exact EM", "RS-1", "RS-4", "STaR", "PPS", "KL"))
     assert (tmp_path / "exact.png").stat().st_size > 10_000
