@@ -51,7 +51,9 @@ def texts(figure):
 
 
 def test_it_shows_acceptance_beside_learning_and_what_the_rationales_became(tmp_path, drawn):
-    write_run(tmp_path / "rs", "rs")
+    for path in (write_run(tmp_path / "rs", "rs") / "rationales").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | ({"logprob": -99.0} if row["attempt"] > 1 else {})) + "\n" for row in rows))
     write_sick(tmp_path / "pps")
     runs = collect([tmp_path])
     assert {run.scheme: collapsed(run) for run in runs} == {"RS-4": 0.0, "PPS": pytest.approx(0.9)}
