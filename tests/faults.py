@@ -631,8 +631,8 @@ FAULTS = [
     fault(
         "MaxRL's laboratory: rejection sampling goes on after the first right draw",
         "laboratory/gradients.py",
-        "(p * (1 - p) ** j, j + 1, 1)",
-        "(p * (1 - p) ** j, k, 1)",
+        "met = [(j + 1, 1) for j in range(k)]",
+        "met = [(k, 1) for j in range(k)]",
         "laboratory/test_gradients.py::test_rejection_sampling_is_maxrl",
     ),
     fault(

@@ -25,6 +25,8 @@ from emreason.schemes.samplers import Scheme, sample
 from emreason.schemes.weights import score_weights, weigh
 
 EXACT = "exact EM"
+INFINITE = 50.0
+"""A KL in nats that stands for infinity: the scheme never hands the M-step some rationale that the posterior has."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def table(curves: Mapping[str, Curve], n_rationales: int) -> Table:
 
     def row(name: str, c: Curve) -> list[Entry]:
         p = "—" if c.p is None else f"{c.p:.2f}"
-        first = [name, f"{c.acceptance[0]:.3f}", p, f"{c.kl[0]:.4f}", f"{c.kl[-1]:.4f}"]
+        first = [name, f"{c.acceptance[0]:.3f}", p, *(f"{v:.4f}" if v < INFINITE else "∞" for v in (c.kl[0], c.kl[-1]))]
         return [Entry(text) for text in [*first, *(f"{min(c.log_marginal[k], -1e-9):.3f}" for k in shown)]]
 
     title = f"KL(posterior ‖ scheme), and log π(y*|x) after k EM iterations; nats per question, all {n_rationales} rationales enumerated"
@@ -174,7 +176,7 @@ def draw(curves: Mapping[str, Curve], still: Mapping[str, list[float] | None], p
             style: dict[str, Any] = {"color": colours[name][0], "marker": colours[name][1], "label": name, **SOLID}
             left.plot(c.log_marginal, **style)
             if name != EXACT:
-                right.plot(np.maximum(c.kl, 1e-17), **style)
+                right.plot([max(v, 1e-17) if v < INFINITE else np.nan for v in c.kl], **style)
             if values := still.get(name):
                 last.plot(range(1, len(values) + 1), np.maximum(values, 1e-8), **style)
         left.set_ylabel("log π(y*|x), nats per question")

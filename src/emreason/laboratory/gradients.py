@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -87,6 +88,9 @@ def moments(model: Tabular, scheme: Scheme) -> Moments:
         raise UserError(f"The laboratory has no variance of {scheme.display}: it is for draws of the plain prompt at temperature 1.")
     k = len(scheme.tries)
     lengths = torch.tensor([float(len(ids)) for ids in completion_ids(model, tiny_tokenizer())], dtype=model.z_logits.dtype)
+    # (draws, right ones) -> Σ w and Σ w² of the right ones and of the others
+    met = [(j + 1, 1) for j in range(k)] + [(k, 0)] if scheme.keep < k else [(k, n) for n in range(k + 1)]
+    weights_of = [[sum_of_weights(scheme, draws, n, accepted) for accepted in (True, False)] for draws, n in met]
     mean, variance, tokens = [], [], []
     for x, law in enumerate(model.log_joint().exp().flatten(1)):
         score = scores(model, x).flatten(0, 1)
@@ -96,13 +100,12 @@ def moments(model: Tabular, scheme: Scheme) -> Moments:
         for kind in (right, ~right):
             share = law * kind / law[kind].sum()
             parts.append((share @ score, float(share @ score.square().sum(1) - (share @ score).square().sum())))
-        stops = scheme.keep < k
-        outcomes = [(p * (1 - p) ** j, j + 1, 1) for j in range(k)] + [((1 - p) ** k, k, 0)]
-        if not stops:
-            outcomes = [(math.comb(k, n) * p**n * (1 - p) ** (k - n), k, n) for n in range(k + 1)]
+        if scheme.keep < k:  # the first right draw is the last
+            chances = [(1 - p) ** j * p for j in range(k)] + [(1 - p) ** k]
+        else:
+            chances = [math.comb(k, n) * p**n * (1 - p) ** (k - n) for n in range(k + 1)]
         first, second, drawn = torch.zeros_like(score[0]), 0.0, 0.0
-        for probability, draws, n in outcomes:
-            weights = [sum_of_weights(scheme, draws, n, accepted) for accepted in (True, False)]
+        for probability, (draws, _), weights in zip(chances, met, weights_of, strict=True):
             center = sum(total * m for (total, _), (m, _) in zip(weights, parts, strict=True))
             spread = sum(squares * v for (_, squares), (_, v) in zip(weights, parts, strict=True))
             first = first + probability * center
@@ -134,7 +137,7 @@ def _record(m: Moments) -> dict[str, object]:
 def table(model: Tabular, found: Mapping[str, Moments]) -> Table:
     """Per scheme and budget, summed over the questions of one E-step."""
     ascent = _ascent(model)
-    columns = ["scheme", "tokens", "length", "cosine", "variance", "tokens to S = N"]
+    columns = ["scheme", "tokens", "length", "cosine", "variance", "to S = N"]
 
     def row(name: str, m: Moments) -> list[Entry]:
         total = m.mean.sum(0)
@@ -166,9 +169,11 @@ def draw(model: Tabular, series: Mapping[str, Mapping[str, Moments]], path: Path
             at = [(float(m.mean.sum(0).norm() / ascent.norm()), m.cost) for m in found.values()]
             axes.plot(*zip(*at, strict=True), color=SPARE[i], marker=MARKERS[i], **SOLID)
             for name, place in zip(found, at, strict=True):
-                axes.annotate(name, place, (4, -9), textcoords="offset points", fontsize=7, color=SPARE[i])
+                aside: dict[str, Any] = {"xytext": (0, (-11, 6, -3)[i % 3]), "ha": ("left", "left", "right")[i % 3]}
+                axes.annotate(f" {name}  ", place, textcoords="offset points", fontsize=7, color=SPARE[i], **aside)
         axes.set_xlabel("expected update, as a share of |∇log π(y*|x)|")
         axes.set_ylabel("tokens until signal = noise")
+        axes.margins(x=0.14)
         axes.set_ylim(bottom=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

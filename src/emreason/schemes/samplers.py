@@ -141,6 +141,11 @@ class Scheme:
         return self.weighs_by_importance or self.weigh in ("mh", "contrast")
 
     @property
+    def asks_again(self) -> bool:
+        """Whether a hinted rationale must lead to the answer under the plain prompt, too, see `verification.py`."""
+        return bool(getattr(pkgutil.resolve_name(self.reward), "asks_again", False))
+
+    @property
     def persists(self) -> bool:
         """Whether each question has a rationale that is kept from one iteration to the next."""
         return self.weigh in ("trice", "mh")
@@ -208,7 +213,7 @@ def sample(
         attempts = past.setdefault(question.id, [])
         if not is_settled(attempts, scheme):
             queue.append(request(question, len(attempts) + 1))
-    verify = getattr(pkgutil.resolve_name(scheme.reward), "asks_again", False)
+    verify = scheme.asks_again
     unverified: dict[str, Rationale] = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
