@@ -62,7 +62,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
 
 def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0, seed: int = 0) -> Curve:
     """EM from `model` with the E-step of `scheme` in expectation (None: the exact posterior)."""
-    p = chi_square(model, scheme, draws, seed) if scheme is not None and draws else None
+    counted = scheme is not None and draws and scheme.weigh != "contrast"  # fractions of draws have no χ²
+    p = chi_square(model, scheme, draws, seed) if counted and scheme is not None else None
     acceptance, distance, likelihood = [], [], []
     memory: Tensor | None = None
     for iteration in range(iterations + 1):
