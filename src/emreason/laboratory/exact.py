@@ -140,11 +140,15 @@ def table(curves: Mapping[str, Curve], n_rationales: int) -> Table:
 
     def row(name: str, c: Curve) -> list[Entry]:
         p = "—" if c.p is None else f"{c.p:.2f}"
-        first = [name, f"{c.acceptance[0]:.3f}", p, *(f"{v:.4f}" if v < INFINITE else "∞" for v in (c.kl[0], c.kl[-1]))]
+        first = [name, f"{c.acceptance[0]:.3f}", p, _distance(c.kl[0]), _distance(c.kl[-1])]
         return [Entry(text) for text in [*first, *(f"{min(c.log_marginal[k], -1e-9):.3f}" for k in shown)]]
 
     title = f"KL(posterior ‖ scheme), and log π(y*|x) after k EM iterations; nats per question, all {n_rationales} rationales enumerated"
     return Table(title, columns, [row(name, c) for name, c in curves.items()], tuple(range(1, len(columns))))
+
+
+def _distance(value: float) -> str:
+    return "—" if np.isnan(value) else f"{value:.4f}" if value < INFINITE else "∞"  # — where nothing has any weight
 
 
 def still_table(still: Mapping[str, list[float] | None]) -> Table:
