@@ -10,12 +10,15 @@ import pytest
 from conftest import letters, numbers
 from hydra.utils import instantiate
 from test_config import compose_config
+from test_probes import config
 from test_samplers import RIGHT, run, scheme
 from test_weights import attempt, weights
 
 from emreason.questions.answers import correct
+from emreason.runs.journal import Journal
 from emreason.schemes.contrast import contrast_weight, contrasts, with_wrong_answer
 from emreason.scores.likelihood import completion_logprobs
+from emreason.train import train
 from emreason.types import UserError
 
 VERIFIED = {"reward": "emreason.schemes.rewards.verified"}
@@ -133,3 +136,16 @@ def test_the_schemes_of_the_literature():
         "PPS-verified-4": (("rationalization",) * 4, 1, "rationales"),
     }
     assert found["pps_verified"].reward == VERIFIED["reward"]
+
+
+@pytest.mark.parametrize("name", ["pps_contrast", "pps_verified", "pps_mh", "maxrl"])
+def test_they_run_end_to_end(tmp_path, name):
+    """Through a whole run on the tiny model: every attempt is in the journal, and what it counts for."""
+    summary = train(config(f"sampler={name}", "sampler.budget=4", "trainer.max_epochs=2"), tmp_path / name)
+    assert summary["status"] == "finished"
+    for iteration in summary["iterations"]:
+        drawn = Journal(tmp_path / name).read(iteration["iteration"])
+        assert iteration["e_step"]["attempts"] == len(drawn)
+        assert iteration["e_step"]["accepted"] == len({r.question_id for r in drawn if r.accepted})
+        assert all(r.weight == 0 or r.accepted or name == "maxrl" for r in drawn)
+        assert all(0 <= r.weight <= 1 for r in drawn if name == "pps_contrast")
