@@ -57,7 +57,7 @@ def test_an_answer_imports_nothing_large(module, arguments, words, tmp_path):
 def test_completion_imports_nothing_large(tmp_path):
     code = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.argv[0] = 'emreason'; from emreason.train import main; main()"
     done = python(code, "-sc", "query=bash", COMP_LINE="emreason sampler=sta", COMP_POINT="20", COMP_TYPE="9")
-    assert done.stdout.split() == ["sampler=star", "sampler=star_m"]
+    assert done.stdout.split() == ["sampler=star", "sampler=star_m", "sampler=star_mh"]
     assert "LARGE []" in done.stderr
 
 

@@ -96,4 +96,4 @@ def test_the_readme_names_every_file_and_no_other():
     assert files - set(re.findall(r"\w+\.py", tour)) == set()
     within = {file.parent.name for room in ORDER for file in files_of(room)} - {*ORDER}
     assert [name for name in within if f"{name}/" not in tour] == []
-    assert set(re.findall(r"\w+\.py", tour)) - files <= {f"{name}.py" for name in (*COMMANDS, "tabular", "exact")}
+    assert set(re.findall(r"\w+\.py", tour)) - files <= {f"{name}.py" for name in (*COMMANDS, "tabular", "exact", "gradients")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -33,8 +34,9 @@ from emreason.laboratory.tabular import (
 )
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts
+from emreason.schemes.chain import remembered
 from emreason.schemes.samplers import Scheme, sample
-from emreason.schemes.weights import remembered, weigh
+from emreason.schemes.weights import score_weights, weigh
 from emreason.types import UserError
 
 DRAWS = 1200  # per question; with ≤ 14 cells of about 1/10 this sees a cell that is off by 30 %
@@ -174,6 +176,26 @@ def test_importance_weighted_pps_draws_that_law():
     assert p_value(seen, accepted(model(), scheme("pps"))) < 1e-9
 
 
+def test_verified_draws_are_those_whose_likeliest_answer_is_right():
+    """Asked again by the program's own sampler, 1,200 questions of each."""
+    verified = scheme("pps", reward="emreason.schemes.rewards.verified")
+    law = accepted(model(), verified)
+    assert float((law == 0).double().mean()) > 0.3
+    seen = exact.sampled_counts(model(), verified, DRAWS, seed=7)
+    assert np.all(seen[law.numpy() == 0] == 0)
+    assert p_value(seen, law) > P
+    assert p_value(seen, accepted(model(), scheme("pps"))) < 1e-9
+
+
+def test_the_contrast_of_hints_has_its_exact_mean():
+    """Total weight per rationale over 1,200 draws of each question, whose wrong hints differ; within 4.5 standard errors, as w ≤ 1."""
+    contrast = scheme("pps", weigh="contrast")
+    law = accepted(model(), contrast).numpy()
+    seen = exact.sampled_counts(model(), contrast, DRAWS, seed=7) / DRAWS
+    assert np.all(np.abs(seen - law) <= 4.5 * np.sqrt(law / DRAWS))
+    assert np.abs(seen - accepted(model(), scheme("pps")).numpy()).max() > 0.1
+
+
 def test_probabilities_add_up():
     for proposal in ("question", "rationalization"):
         assert torch.allclose(model().log_joint(proposal).exp().sum((1, 2)), torch.ones(3, dtype=torch.float64), atol=1e-12)
@@ -272,17 +294,106 @@ def lab_engine(copies):
 TRICE = scheme("star", 1, keep=2, weigh="trice")
 
 
+FEW = 500
+CHAINS = {
+    "trice": TRICE,
+    "pps_mh": scheme("pps", weigh="mh"),
+    "star_mh": scheme("star", weigh="mh"),
+    "star_mh, warm": scheme("star", weigh="mh", temperature=1.5),
+    "pps_mh, cold": scheme("pps", 2, weigh="mh", temperature=0.7),
+}
+
+
 @functools.cache
-def chain(iterations):
-    """The last iteration's weighed rationales of DRAWS independent TRICE chains per question, and every iteration's memory."""
-    engine, questions, parts = lab_engine(DRAWS)
+def chain(iterations, name="trice", copies=DRAWS, seed=7):
+    """The last iteration's weighed rationales of `copies` independent chains per question, and every iteration's memory."""
+    engine, questions, parts = lab_engine(copies)
+    plan, by_id = CHAINS[name], {q.id: q for q in questions}
     memories = [{}]
     for iteration in range(iterations):
-        drawn = list(sample(questions, TRICE, engine, *parts, seed=7, iteration=iteration))
-        assert len(drawn) == len(questions) * (2 if iteration == 0 else 1)
-        weighed = weigh(drawn, TRICE, seed=7, iteration=iteration, memory=memories[-1])
-        memories.append(remembered(drawn, memories[-1]))
+        drawn = list(sample(questions, plan, engine, *parts, seed=seed, iteration=iteration))
+        if plan.needs_scores:
+            drawn = score_weights(drawn, by_id, plan, parts[0], engine.score, iteration, memories[-1])
+        else:
+            assert len(drawn) == len(questions) * (2 if iteration == 0 else 1)
+        weighed = weigh(drawn, plan, seed=seed, iteration=iteration, memory=memories[-1])
+        memories.append(remembered(drawn, memories[-1], seed))
     return weighed, memories[1:]
+
+
+def states(memory):
+    """How many of the chains of [questions, rationales] are at each."""
+    seen = np.zeros(model().z_logits.shape)
+    for r in memory.values():
+        seen[int(r.question_id.split("/")[0]), rationale_index(model(), r.text)] += 1
+    return seen
+
+
+def laws(plan, iterations, start=None):
+    """The exact law of the persistent rationale after each iteration of an unchanging model."""
+    found = [accepted(model(), plan, start)]
+    while len(found) < iterations:
+        found.append(accepted(model(), plan, found[-1]))
+    return found
+
+
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_the_posterior_is_stationary(name):
+    assert torch.allclose(accepted(model(), CHAINS[name], model().posterior()), model().posterior(), atol=1e-12)
+    distances = [float(kl(model().posterior(), law).max()) for law in laws(CHAINS[name], 60)]
+    assert all(b < a + 1e-12 for a, b in itertools.pairwise(distances))
+    assert distances[-1] < 1e-6 < 1e-3 < distances[0]  # whatever it begins with
+
+
+def test_a_hinted_draw_where_the_plain_one_was_not_taken_would_not_leave_it():
+    """Why `star_mh` draws the hinted prompt only where the plain one was wrong: the other rule depends on the rationale kept."""
+    warm = CHAINS["star_mh, warm"]
+    pi, target = model().posterior(), model().log_correct()
+    plain, hinted = (model().log_correct(proposal, warm.temperature) for proposal in ("question", "rationalization"))
+
+    def moves(q):
+        weight = target - q
+        return q.exp()[:, None, :] * (weight[:, None, :] - weight[:, :, None]).exp().clamp_max(1)
+
+    first, second = moves(plain), moves(hinted)
+    left = pi * (1 - first.sum(2))  # wrong, or right and not taken
+    after = (pi[:, :, None] * first).sum(1) + (left[:, :, None] * second).sum(1) + left * (1 - second.sum(2))
+    assert float((after - pi).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in CHAINS if name != "trice"])
+def test_the_program_s_chains_have_these_laws(name):
+    """χ² of 500 chains per question, drawn, scored and weighed by the program, after 1, 2 and 4 iterations."""
+    _, memories = chain(4, name, FEW)
+    exact = laws(CHAINS[name], 4)
+    for iteration in (0, 1, 3):
+        assert p_value(states(memories[iteration]), exact[iteration]) > P
+    assert p_value(states(memories[3]), accepted(model(), scheme("pps"))) < 1e-9
+
+
+def test_hinted_chains_reach_the_posterior_before_trice_and_before_as_many_weighted_draws():
+    """After k hinted draws per question, as many as PPS-IW-k has; a chain that is begun with certainty, at this sharpness."""
+    distance = {name: float(kl(model().posterior(), laws(CHAINS[name], 8)[-1]).mean()) for name in ("trice", "pps_mh", "star_mh")}
+    assert distance["star_mh"] < distance["pps_mh"] < distance["trice"]
+    assert distance["star_mh"] < float(kl(model().posterior(), accepted(model(), pps_iw(8))).mean())
+
+
+@pytest.mark.parametrize("name", ["star_mh", "star_mh, warm", "pps_mh"])
+def test_the_gradient_of_a_chain_is_that_of_its_law(name):
+    """Within 4.5 standard errors in every coordinate; with a control variate, of smaller variance, only where draws are the model's own.
+
+    To that adds what rationales that no chain is at leave out: their probability, below 1e-2, times |∇log π| < 1.
+    """
+    weighed, memories = chain(4, name, FEW)
+    law = laws(CHAINS[name], 4)[-1]
+    assert any(r.weight < 0 for r in weighed) == (name == "star_mh")
+    for x in range(3):
+        mean = sum(law[x, z] * joint_scores(x)[3 * z + int(model().gold[x])] for z in range(law.shape[1]))
+        rows = weighted_scores(weighed, x, FEW)
+        off = (rows.mean(0) - mean).abs() - 4.5 * rows.std(0) / np.sqrt(FEW)
+        assert float(off.max()) <= 1e-2, off
+        basic = weighted_scores([replace(r, weight=1.0) for r in memories[-1].values()], x, FEW)
+        assert (rows.var(0).sum() < basic.var(0).sum()) == (name == "star_mh")
 
 
 def test_trice_s_rationales_go_from_the_hinted_law_to_the_posterior():
@@ -292,12 +403,9 @@ def test_trice_s_rationales_go_from_the_hinted_law_to_the_posterior():
         law = accepted(model(), TRICE, law)
         distances.append(float(kl(model().posterior(), law).max()))
         if iteration in (0, 1, 7):
-            seen = np.zeros(law.shape)
-            for r in memory.values():
-                seen[int(r.question_id.split("/")[0]), rationale_index(model(), r.text)] += 1
-            assert p_value(seen, law) > P
+            assert p_value(states(memory), law) > P
     assert all(b < a for a, b in itertools.pairwise(distances))
-    assert p_value(seen, accepted(model(), scheme("pps"))) < 1e-9
+    assert p_value(states(memory), accepted(model(), scheme("pps"))) < 1e-9
 
 
 def test_trice_s_gradient_is_that_of_its_law_and_the_control_variate_lowers_its_variance():
@@ -325,6 +433,11 @@ def test_the_command_s_table_and_figure(tmp_path, capsys):
     cfg = compose_config("experiment=exact", "laboratory.draws=40", "laboratory.iterations=3", "laboratory.questions=3")
     last = instantiate({"_target_": cfg.task, "_partial_": True})(cfg, tmp_path)
     assert last == exact.curve(make_tabular(3, 4, "ab", 3, cfg.seed, 1.0, Hint()), None, 3).log_marginal[-1]
+    found = json.loads((tmp_path / "exact.json").read_text())
+    assert found["RS-4"]["kl_of_unchanging_model"] is None
+    for name in ("TRICE", "PPS-MH", "STaR-MH"):
+        assert found[name]["kl_of_unchanging_model"] == sorted(found[name]["kl_of_unchanging_model"], reverse=True)
+        assert found[name]["kl_of_unchanging_model"][0] == pytest.approx(found[name]["kl"][0])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("exact EM", "RS-1", "RS-4", "STaR", "PPS", "KL"))
     assert (tmp_path / "exact.png").stat().st_size > 10_000

@@ -545,7 +545,7 @@ def test_single_points_are_inside_their_panels(tmp_path, monkeypatch):
         summary["iterations"][0]["e_step"]["tokens"] += 500
         (folder / "summary.json").write_text(json.dumps(summary))
     drawn = {}
-    monkeypatch.setattr(figures, "_save", lambda figure, *rest: drawn.update({rest[1]: figure}))
+    monkeypatch.setattr(figures, "save", lambda figure, *rest: drawn.update({rest[1]: figure}))
     runs = collect([tmp_path])
     figures.draw_all(runs, compare(runs), tmp_path)
     assert len(drawn) >= 5

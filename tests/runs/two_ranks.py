@@ -30,6 +30,8 @@ CASES = {
     "a rank without a question": (1, lambda *_: True, "error", RS),
     # the control variate's β is over all ranks' questions, and the second iteration trains on the first one's hinted rationales
     "trice": (5, lambda i, attempt: attempt == 2 or i in (1, 2), "error", scheme("star", keep=2, weigh="trice")),
+    # the second iteration's hinted draws are weighed against the first one's, by the rank that has the question
+    "mh": (5, lambda i, attempt: attempt == 2 or i == 1, "error", scheme("star", weigh="mh")),
     "rloo": (5, lambda i, attempt: attempt <= i % 3, "error", scheme("rs", 3, keep=3, weigh="rloo")),
     "bfloat16": (5, lambda i, _: i != 2, "error", RS),
     "adaptive": (7, lambda i, attempt: i % 2 == 0 or attempt == 2, "error", scheme("star", choose="adaptive", share=0.5)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import ScriptedEngine, numbers
 from test_module import em_module, gold_script, trainer
@@ -103,16 +105,29 @@ def test_iterations_sample_and_train_on_the_chosen_ones_and_a_resumed_run_agrees
     assert {r.question_id for r in drawn[0]}.isdisjoint(r.question_id for r in drawn[1])
 
 
-@pytest.mark.parametrize("overrides", [["trice"], ["adastar"], ["rloo", "sampler.budget=4"]], ids=lambda o: o[0])
+@pytest.mark.parametrize(
+    "overrides",
+    [["trice"], ["adastar"], ["star_mh", "sampler.proposals.rationalization=12"], ["rloo", "sampler.budget=4"]],
+    ids=lambda o: o[0],
+)
 def test_schemes_that_need_the_past_resume_from_the_journals(tmp_path, overrides):
+    """Extended after its first iteration, then killed in the second one's E-step, whose first lines carry no weights yet."""
     name, *more = overrides
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = [f"sampler={name}", "sampler.budget=1", *more]
-    train(config(*arguments, "trainer.max_epochs=1"), tmp_path / "resumed")
-    train(config(*arguments, "trainer.max_epochs=3"), tmp_path / "resumed")
-    train(config(*arguments, "trainer.max_epochs=3"), tmp_path / "whole")
-    one, other = (learned(tmp_path / folder) for folder in ("resumed", "whole"))
+    train(config(*arguments, "trainer.max_epochs=3"), whole)
+    train(config(*arguments, "trainer.max_epochs=1"), resumed)
+    for path in (whole / "rationales").glob("iteration=001*"):
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            drawn = [json.loads(line) for line in text.splitlines()[:5]]
+            text = "".join(json.dumps({**line, "weight": 1.0, "log_weight": None}) + "\n" for line in drawn)
+        (resumed / "rationales" / path.name).write_text(text)
+    train(config(*arguments, "trainer.max_epochs=3"), resumed)
+    one, other = learned(resumed), learned(whole)
     assert_same(one, other)
-    assert any(r["weight"] < 0 for r in one[1]) == (name != "adastar")
+    assert any(r["weight"] < 0 for r in one[1]) == (name in ("trice", "rloo"))
+    assert any(r["log_weight"] is not None for r in one[1]) == (name == "star_mh")
 
 
 def test_adaptive_choice_does_not_go_with_trice():

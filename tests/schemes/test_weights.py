@@ -22,9 +22,10 @@ from emreason.laboratory.tabular import TabularEngine, make_questions
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal, journal_record
+from emreason.schemes.chain import remembered
 from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import sample, training_ids
-from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized, remembered, score_weights, weigh
+from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized, score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
 from emreason.types import Demonstration, Rationale, UserError
 
@@ -101,7 +102,7 @@ def test_trice_keeps_a_rationale_and_subtracts_the_control_variate():
         plain(1, False, "c"), plain(2, False, "c", proposal="rationalization"),
         plain(1, True, "d"), plain(2, False, "d", proposal="rationalization"),
     ]  # fmt: skip
-    memory = remembered(begun, {})
+    memory = remembered(begun, {}, 1)
     assert {q: r.attempt for q, r in memory.items()} == {"a": 1, "b": 2, "d": 1}
     # with a rationale: a, b, d; right: a, d. β of a and d is 1/2, of b 1. c has none and is left alone
     assert weights(begun, trice) == pytest.approx([1 / 2, 0, -1, 1, 0, 0, 1 / 2, 0])
@@ -116,7 +117,7 @@ def test_trice_keeps_a_rationale_and_subtracts_the_control_variate():
         ("a", 0, 1, 1.0),
         ("d", 0, 1, 1.0),
     ]
-    assert {q: r.iteration for q, r in remembered(again, memory).items()} == {"a": 0, "b": 1, "c": 1, "d": 0}
+    assert {q: r.iteration for q, r in remembered(again, memory, 1).items()} == {"a": 0, "b": 1, "c": 1, "d": 0}
 
 
 def test_what_is_made_less_likely_is_what_was_sampled():

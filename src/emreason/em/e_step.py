@@ -22,10 +22,11 @@ from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
 from emreason.progress import bar, doing
 from emreason.runs.journal import Journal, journal_record
+from emreason.schemes.chain import remembered
 from emreason.schemes.choice import choose
 from emreason.schemes.diagnostics import e_step_record
 from emreason.schemes.samplers import Scheme, by_question, is_settled, sample
-from emreason.schemes.weights import remembered, score_weights, weigh
+from emreason.schemes.weights import score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
 from emreason.scores.probes import faithful
 from emreason.scores.scoring import Stopwatch, mean
@@ -91,11 +92,11 @@ class EStep(Callback):
         mine = questions[trainer.global_rank :: trainer.world_size]
         attempts = self.draw(mine, module, replayed, iteration)
         by_id = {q.id: q for q in self.questions}
-        if self.scheme.weighs_by_importance:
+        memory: dict[str, Rationale] = functools.reduce(lambda known, drawn: remembered(drawn, known, self.seed), past, {})
+        if self.scheme.needs_scores:
             score = functools.partial(completion_logprobs, module.model)
-            with doing(f"E-step {iteration}, importance weights of {len(attempts)} rationales"):
-                attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration)
-        memory: dict[str, Rationale] = functools.reduce(lambda known, drawn: remembered(drawn, known), past, {})
+            with doing(f"E-step {iteration}, weights of {len(attempts)} rationales"):
+                attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration, memory)
         weighed = weigh(gather(attempts), self.scheme, seed=self.seed, iteration=iteration, memory=memory)
         order = {question.id: i for i, question in enumerate(self.questions)}
         weighed = sorted(weighed, key=lambda r: (order[r.question_id], r.iteration, r.attempt))

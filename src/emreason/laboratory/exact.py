@@ -20,10 +20,13 @@ from emreason.questions.prompts import Prompts, PromptTemplate
 from emreason.reports.tables import Entry, Table, rich_table
 from emreason.runs.journal import write_json
 from emreason.runs.keys import TRAIN_KEYS, check_keys
+from emreason.schemes.chain import remembered
 from emreason.schemes.samplers import Scheme, sample
-from emreason.schemes.weights import remembered, score_weights, weigh
+from emreason.schemes.weights import score_weights, weigh
 
 EXACT = "exact EM"
+INFINITE = 50.0
+"""A KL in nats that stands for infinity: the scheme never hands the M-step some rationale that the posterior has."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,21 @@ def run(cfg: DictConfig, folder: Path) -> float:
     for config in lab.schemes.values():
         scheme = hydra.utils.instantiate(config)
         curves[scheme.display] = curve(model, scheme, lab.iterations, lab.draws, cfg.seed)
-    write_json(folder / "exact.json", {name: vars(c) for name, c in curves.items()})
-    Console(width=max(Console().width, 100)).print(rich_table(table(curves, len(model.rationales))))
-    draw(curves, folder / "exact.png")
+    still = {s.display: unchanged(model, s, lab.iterations) for s in map(hydra.utils.instantiate, lab.schemes.values())}
+    found: dict[str, Any] = {name: vars(c) | {"kl_of_unchanging_model": still.get(name)} for name, c in curves.items()}
+    write_json(folder / "exact.json", found)
+    console = Console(width=max(Console().width, 100))
+    for told in (table(curves, len(model.rationales)), still_table(still)):
+        console.print(rich_table(told))
+    draw(curves, still, folder / "exact.png")
     print(f"Written: {folder / 'exact.json'}\n         {folder / 'exact.png'}")
     return curves[EXACT].log_marginal[-1]
 
 
 def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0, seed: int = 0) -> Curve:
     """EM from `model` with the E-step of `scheme` in expectation (None: the exact posterior)."""
-    p = chi_square(model, scheme, draws, seed) if scheme is not None and draws else None
+    counted = scheme is not None and draws and scheme.weigh != "contrast"  # fractions of draws have no χ²
+    p = chi_square(model, scheme, draws, seed) if counted and scheme is not None else None
     acceptance, distance, likelihood = [], [], []
     memory: Tensor | None = None
     for iteration in range(iterations + 1):
@@ -67,6 +75,18 @@ def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0
         if iteration < iterations:
             model = model.m_step(weights)
     return Curve(acceptance, distance, likelihood, p)
+
+
+def unchanged(model: Tabular, scheme: Scheme, iterations: int) -> list[float] | None:
+    """KL(posterior ‖ scheme) after 1 … `iterations` iterations without an M-step; None for schemes that remember nothing."""
+    if not scheme.persists:
+        return None
+    law: Tensor | None = None
+    found = []
+    for _ in range(iterations):
+        law = accepted(model, scheme, law)
+        found.append(float(kl(model.posterior(), law).mean()))
+    return found
 
 
 def chi_square(model: Tabular, scheme: Scheme, draws: int, seed: int) -> float:
@@ -95,18 +115,17 @@ def goodness_of_fit(counts: np.ndarray, law: np.ndarray) -> float:
 def sampled_counts(model: Tabular, scheme: Scheme, draws: int, seed: int) -> np.ndarray:
     """What `samplers.sample` and `weights.weigh` hand the M-step in `draws` independent E-steps: total weight per [question, rationale].
 
-    Of TRICE the persistent rationales: its weights also hold the control variate, whose mean is 0.
+    Where rationales persist, these: the weights also hold the control variate, whose mean is 0.
     """
     tokenizer = tiny_tokenizer()
     prompts = Prompts(tokenizer, PromptTemplate(instruction="", hint="({answer})"))
     questions = make_questions(model, draws)
     engine = TabularEngine(model, questions, prompts, tokenizer)
     attempts = list(sample(questions, scheme, engine, prompts, tokenizer, seed=seed, iteration=0))
-    if scheme.weighs_by_importance:
+    if scheme.needs_scores:
         attempts = score_weights(attempts, {q.id: q for q in questions}, scheme, prompts, engine.score, 0)
     counts = np.zeros(model.z_logits.shape)
-    trice = scheme.weigh == "trice"
-    kept = list(remembered(attempts, {}).values()) if trice else weigh(attempts, scheme, seed=seed, iteration=0)
+    kept = list(remembered(attempts, {}, seed).values()) if scheme.persists else weigh(attempts, scheme, seed=seed, iteration=0)
     for rationale in kept:
         if rationale.weight:
             counts[int(rationale.question_id.split("/")[0]), rationale_index(model, rationale.text)] += rationale.weight
@@ -121,15 +140,29 @@ def table(curves: Mapping[str, Curve], n_rationales: int) -> Table:
 
     def row(name: str, c: Curve) -> list[Entry]:
         p = "—" if c.p is None else f"{c.p:.2f}"
-        first = [name, f"{c.acceptance[0]:.3f}", p, f"{c.kl[0]:.4f}", f"{c.kl[-1]:.4f}"]
+        first = [name, f"{c.acceptance[0]:.3f}", p, _distance(c.kl[0]), _distance(c.kl[-1])]
         return [Entry(text) for text in [*first, *(f"{min(c.log_marginal[k], -1e-9):.3f}" for k in shown)]]
 
     title = f"KL(posterior ‖ scheme), and log π(y*|x) after k EM iterations; nats per question, all {n_rationales} rationales enumerated"
     return Table(title, columns, [row(name, c) for name, c in curves.items()], tuple(range(1, len(columns))))
 
 
-def draw(curves: Mapping[str, Curve], path: Path) -> None:
-    """Two panels over EM iterations: the marginal likelihood, and the distance of each scheme from the posterior."""
+def _distance(value: float) -> str:
+    return "—" if np.isnan(value) else f"{value:.4f}" if value < INFINITE else "∞"  # — where nothing has any weight
+
+
+def still_table(still: Mapping[str, list[float] | None]) -> Table:
+    """Of the schemes whose rationales persist: KL(posterior ‖ scheme) by iteration while the model stays what it is."""
+    rows = {name: values for name, values in still.items() if values}
+    n = max(map(len, rows.values()), default=0)
+    shown = sorted({1, 2, 3, 4, 8, 12, n} & set(range(1, n + 1)))
+    cells = [[Entry(text) for text in [name, *(f"{values[k - 1]:.5f}" for k in shown)]] for name, values in rows.items()]
+    title = "KL(posterior ‖ scheme), nats, after k iterations of an unchanging model"
+    return Table(title, ["scheme", *(f"k = {k}" for k in shown)], cells, tuple(range(1, len(shown) + 1)))
+
+
+def draw(curves: Mapping[str, Curve], still: Mapping[str, list[float] | None], path: Path) -> None:
+    """Over EM iterations: the marginal likelihood, and the distance of each scheme from the posterior; the latter without M-steps, too."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -141,19 +174,23 @@ def draw(curves: Mapping[str, Curve], path: Path) -> None:
     spare = [colour for colour in SPARE if colour != colours[EXACT][0]]
     colours |= {name: (spare[n % len(spare)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(others)}
     with rc_context(STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+        figure = Figure(figsize=(11.0, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+        left, right, last = figure.subplots(1, 3)
         for name, c in curves.items():
             style: dict[str, Any] = {"color": colours[name][0], "marker": colours[name][1], "label": name, **SOLID}
             left.plot(c.log_marginal, **style)
             if name != EXACT:
-                right.plot(np.maximum(c.kl, 1e-17), **style)
+                right.plot([max(v, 1e-17) if v < INFINITE else np.nan for v in c.kl], **style)
+            if values := still.get(name):
+                last.plot(range(1, len(values) + 1), np.maximum(values, 1e-8), **style)
         left.set_ylabel("log π(y*|x), nats per question")
         right.set_ylabel("KL(posterior ‖ scheme), nats")
         right.set_yscale("symlog", linthresh=1e-3)
         right.set_ylim(bottom=0)
-        for axes in (left, right):
+        last.set_ylabel("the same, of an unchanging model")
+        last.set_yscale("log")
+        for axes in (left, right, last):
             axes.set_xlabel("EM iteration")
         handles, labels = left.get_legend_handles_labels()
         columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)

@@ -13,6 +13,7 @@ guidance = 1, brevity = 0 makes q(z|x, y*) the posterior; `leak` is the hint tha
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -55,19 +56,27 @@ class Tabular:
     y_logits: Tensor
     hint: Hint
 
-    def log_joint(self, proposal: Proposal = "question") -> Tensor:
-        """log π(z, y | x), or log q(z, y | x, y*) for `rationalization`: [questions, Z, answers]."""
+    def log_joint(self, proposal: Proposal = "question", temperature: float = 1.0, hinted: Tensor | None = None) -> Tensor:
+        """log π(z, y | x), or log q(z, y | x, h) for `rationalization`: [questions, Z, answers].
+
+        Args:
+            temperature: of whole completions.
+            hinted: [questions] the index of h; None: of y*.
+        """
+        if temperature != 1:
+            return (self.log_joint(proposal, hinted=hinted) / temperature).flatten(1).log_softmax(1).view(-1, *self.y_logits.shape)
         z, y = self.z_logits.log_softmax(1), self.y_logits.log_softmax(1)
         if proposal == "question":
             return z[:, :, None] + y
+        h = self.gold if hinted is None else hinted
         length = torch.tensor([float(len(r)) for r in self.rationales], dtype=z.dtype)
-        z = (z + self.hint.guidance * y[:, self.gold].T - self.hint.brevity * length).log_softmax(1)
-        leaked = y + self.hint.leak * torch.eye(y.shape[1], dtype=y.dtype)[self.gold][:, None, :]
+        z = (z + self.hint.guidance * y[:, h].T - self.hint.brevity * length).log_softmax(1)
+        leaked = y + self.hint.leak * torch.eye(y.shape[1], dtype=y.dtype)[h][:, None, :]
         return z[:, :, None] + leaked.log_softmax(2)
 
-    def log_correct(self, proposal: Proposal = "question") -> Tensor:
+    def log_correct(self, proposal: Proposal = "question", temperature: float = 1.0) -> Tensor:
         """log π(z, y* | x): [questions, Z]."""
-        return self.log_joint(proposal)[torch.arange(len(self.gold)), :, self.gold]
+        return self.log_joint(proposal, temperature)[torch.arange(len(self.gold)), :, self.gold]
 
     def log_marginal(self) -> Tensor:
         """log π(y* | x) = log Σ_z π(z, y* | x): [questions]."""
@@ -121,10 +130,12 @@ def accepted(model: Tabular, scheme: Scheme, before: Tensor | None = None) -> Te
         PPS     q(z, y*|x, y*), renormalised if accepted
         PPS-IW  the expected self-normalised weight of z, see `_self_normalized`
         TRICE   π(z, y*|x) + (1 − p) · before: the law of the persistent rationale, which a wrong draw leaves as it was
+        mh      see `_chain`
+        contrast, verified   q(z, y*|x, y*), weighed by `_contrast`, or where the likeliest answer after z is y*
 
     Args:
-        before: TRICE's law after the iteration before, by default that of the hinted draw it begins with. With an unchanging model it
-            tends to the posterior at the rate (1 − p)^k.
+        before: the law of the persistent rationale after the iteration before; by default TRICE's is that of the hinted draw it begins
+            with. With an unchanging model it tends to the posterior, TRICE's at the rate (1 − p)^k.
 
     Raises:
         UserError: a scheme whose law is not worked out here (several proposals weighed by importance, `truncate`, `keep` of some tries).
@@ -135,11 +146,17 @@ def accepted(model: Tabular, scheme: Scheme, before: Tensor | None = None) -> Te
         correct = model.log_correct().exp()
         before = model.log_correct("rationalization").exp() if before is None else before
         return correct + (1 - correct.sum(1, keepdim=True)) * before
+    if scheme.weigh == "mh":
+        return _chain(model, scheme, torch.zeros_like(model.z_logits) if before is None else before)
     if scheme.keep > 1 or scheme.temperature != 1 or scheme.top_p != 1:
         raise UserError(
             f"The laboratory does not know what {scheme.display} draws: use keep=1, importance weights of a single proposal, or TRICE."
         )
     draws = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
+    if scheme.asks_again and "rationalization" in draws:
+        draws["rationalization"] = draws["rationalization"] * (model.y_logits.argmax(1) == model.gold[:, None])
+    if scheme.weigh == "contrast" and len(scheme.tries) == 1:
+        return draws["rationalization"] * _contrast(model)
     total, reached = torch.zeros_like(model.z_logits), torch.ones_like(model.z_logits[:, :1])
     for proposal in scheme.tries:
         total = total + reached * draws[proposal]
@@ -164,12 +181,47 @@ def _self_normalized(target: Tensor, proposal: Tensor, k: int) -> Tensor:
     return k * 0.05 * target.exp() * (u.exp() * decay * others[:, None, :]).sum(2)
 
 
+def _chain(model: Tabular, scheme: Scheme, before: Tensor) -> Tensor:
+    """The law of the persistent rationale after one more iteration of independence Metropolis-Hastings, from `before`: [questions, Z].
+
+    The first right draw of the proposals in order, z' of law q, takes the place of z with probability min(1, w(z')/w(z)), w = π/q; it
+    begins a chain that has none; where no draw is right nothing moves.
+    """
+    after, reached = torch.zeros_like(before), torch.ones_like(before[:, :1])
+    for proposal in scheme.tries:
+        q = model.log_correct(proposal, scheme.temperature)
+        weight = model.log_correct() - q
+        moves = q.exp()[:, None, :] * (weight[:, None, :] - weight[:, :, None]).exp().clamp_max(1)  # [questions, from, to]
+        right = q.exp().sum(1, keepdim=True)
+        arrived = (before[:, :, None] * moves).sum(1) + (1 - before.sum(1, keepdim=True)) * q.exp()
+        after = after + reached * (arrived + before * (right - moves.sum(2)))
+        reached = reached * (1 - right)
+    return after + reached * before
+
+
+def _contrast(model: Tabular) -> Tensor:
+    """Mean of tanh(c/2), 0 below, over wrong hints y', c = log q(z… | x, y*) − log q(z… | x, y'), of what begins with z: [questions, Z]."""
+    answers = model.y_logits.shape[1]
+    begins = torch.tensor([[longer.startswith(z) for longer in model.rationales] for z in model.rationales])
+
+    def prefix(hinted: Tensor) -> Tensor:
+        whole = model.log_joint("rationalization", hinted=hinted).logsumexp(2)
+        return torch.where(begins, whole[:, None, :], -torch.inf).logsumexp(2)
+
+    right = prefix(model.gold)
+    wrong = [prefix((model.gold + shift) % answers) for shift in range(1, answers)]
+    return torch.stack([((right - other) / 2).tanh().clamp_min(0) for other in wrong]).mean(0)
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats of the rows of two tables, each row renormalised."""
     p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    # every table has full support, so a zero in q is an underflow
+    # where q has a zero the result is some hundreds: by underflow, or because a scheme never accepts z (contrast, verified; truly infinite)
     return torch.where(p > 0, p * (p.log() - _log(q)), 0.0).sum(1).clamp_min(0.0)
 
+
+Where = tuple[int, Proposal, int | None]
+"""A prompt: the question's index, and which prompt it is, with the index of the answer that it hints at."""
 
 # --- the project's own sampler on the tables ------------------------------------------------------------------------------------------
 
@@ -182,46 +234,65 @@ class TabularEngine:
 
     def __init__(self, model: Tabular, questions: Sequence[Question], prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
-        self.of_prompt: dict[tuple[int, ...], tuple[int, Proposal]] = {}
-        proposals: tuple[Proposal, ...] = ("question", "rationalization")
+        self.of_prompt: dict[tuple[int, ...], Where] = {}
         for question in questions:
-            for proposal in proposals:
-                self.of_prompt[prompts.ids(question, proposal)] = int(question.id.split("/")[0]), proposal
-        self.log_joint = {p: model.log_joint(p).detach().flatten(1).numpy() for p in proposals}
-        self.cdf = {p: np.cumsum(np.exp(table), axis=1) for p, table in self.log_joint.items()}
-        lines = [f"{z}\nAnswer: {y}\n" for z in model.rationales for y in range(model.y_logits.shape[1])]
-        self.ids = [tuple(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
+            x = int(question.id.split("/")[0])
+            self.of_prompt[prompts.ids(question)] = x, "question", None
+            for h in range(model.y_logits.shape[1]):
+                self.of_prompt[prompts.ids(replace(question, answer=str(h)), "rationalization")] = x, "rationalization", h
+        self.ids = completion_ids(model, tokenizer)
 
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:
         while requests:
             request = requests.popleft()
-            x, proposal = self.of_prompt[request.prompt_ids]
-            cdf = self.cdf[proposal][x]
+            if request.params.temperature == 0:  # asked again, after `z⏎Answer:`
+                (x, *how), said = self._split(request.prompt_ids)
+                z = str(self.tokenizer.decode([*said])).partition("\nAnswer:")[0]
+                row = self._table(*how, 1.0)[x].reshape(len(self.model.rationales), -1)[self.model.rationales.index(z)]
+                ids = tuple(self.tokenizer.encode(f" {int(row.argmax())}\n", add_special_tokens=False))
+                yield Completion(request, ids, 0.0, "answer")
+                continue
+            x, *how = self.of_prompt[request.prompt_ids]
+            cdf = self._cdf(*how, request.params.temperature)[x]
             k = int(np.searchsorted(cdf, np.random.default_rng(request.seed).random() * cdf[-1], side="right"))
-            yield Completion(request, self.ids[k], float(self.log_joint[proposal][x, k]), "answer")
+            yield Completion(request, self.ids[k], float(self._table(*how, 1.0)[x, k]), "answer")
 
     def score(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[float]:
         """log of the probability that a completion goes on with exactly these ids; what was sampled so far may stand in the prompt ids."""
-        if temperature != 1:
-            raise UserError("The laboratory's tables have no temperature: use sampler.temperature=1.")
-        return [self._begins(*self._split(p), c) - self._begins(*self._split(p), ()) for p, c in pairs]
+        return [self._begins(*self._split(p), c, temperature) - self._begins(*self._split(p), (), temperature) for p, c in pairs]
 
-    def _split(self, prompt_ids: tuple[int, ...]) -> tuple[tuple[int, Proposal], tuple[int, ...]]:
+    @functools.cache  # noqa: B019  (a few tables, as long as the engine)
+    def _table(self, proposal: Proposal, hinted: int | None, temperature: float) -> np.ndarray:
+        h = None if hinted is None else torch.full_like(self.model.gold, hinted)
+        return self.model.log_joint(proposal, temperature, h).detach().flatten(1).numpy()
+
+    @functools.cache  # noqa: B019
+    def _cdf(self, proposal: Proposal, hinted: int | None, temperature: float) -> np.ndarray:
+        return np.cumsum(np.exp(self._table(proposal, hinted, temperature)), axis=1)
+
+    def _split(self, prompt_ids: tuple[int, ...]) -> tuple[Where, tuple[int, ...]]:
         known = next(ids for ids in self.of_prompt if prompt_ids[: len(ids)] == ids)
         return self.of_prompt[known], prompt_ids[len(known) :]
 
-    def _begins(self, where: tuple[int, Proposal], said: tuple[int, ...], more: tuple[int, ...]) -> float:
-        (x, proposal), text = where, str(self.tokenizer.decode([*said, *more]))
+    @functools.cache  # noqa: B019
+    def _begins(self, where: Where, said: tuple[int, ...], more: tuple[int, ...], temperature: float) -> float:
+        (x, *how), text = where, str(self.tokenizer.decode([*said, *more]))
         z, cue, y = text.partition("\nAnswer:")
-        table = self.log_joint[proposal][x].reshape(len(self.model.rationales), -1)
+        table = self._table(*how, temperature)[x].reshape(len(self.model.rationales), -1)
         if not text:
             return 0.0
         if not cue:
-            raise ValueError(f"{text!r} is not a completion, nor one up to its answer cue")
+            return float(np.logaddexp.reduce(table[[r.startswith(text) for r in self.model.rationales]], axis=None))
         row = table[self.model.rationales.index(z)]
         if not y:
             return float(np.logaddexp.reduce(row))
         return float(row[int(y)]) if y.endswith("\n") else -np.inf  # a table's completions end with their line
+
+
+def completion_ids(model: Tabular, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Every completion `z⏎Answer: y⏎` there is, y running fastest."""
+    lines = [f"{z}\nAnswer: {y}\n" for z in model.rationales for y in range(model.y_logits.shape[1])]
+    return [tuple(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
 
 
 def make_questions(model: Tabular, copies: int = 1) -> list[Question]:

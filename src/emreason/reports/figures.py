@@ -221,10 +221,10 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             elif "tokens" in plot.x_label:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for _, curves in panels)]
+        handles = [handle(label, *colours[label]) for label in colours if any(label in curves for _, curves in panels)]
         handles += [Line2D([], [], label=name, **style) for name, style in extras.items()]
         caption = " ".join([plot.caption, *(EXTRAS[name] for name in extras)])
-        return _save(figure, handles, plot.name, caption, out)
+        return save(figure, handles, plot.name, caption, out)
 
 
 def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, scale: float) -> None:
@@ -266,12 +266,12 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
             ax.set_xticks([edge - 0.5 for edge in range(0, DECILES + 1, 2)], [str(10 * edge) for edge in range(0, DECILES + 1, 2)])
             ax.set_xlim(-0.5, DECILES - 0.5)
             ax.set_ylim(-2, 103)
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for _, shown in panels)]
+        handles = [handle(label, *colours[label]) for label in colours if any(label in shown for _, shown in panels)]
         caption = (
             "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question (tenths); each run is "
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
         )
-        return _save(figure, handles, "acceptance_by_difficulty", caption, out)
+        return save(figure, handles, "acceptance_by_difficulty", caption, out)
 
 
 def _aside(n: int, count: int) -> float:
@@ -290,7 +290,7 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for ax, group in zip(axes, groups, strict=False):
-        ax.set_title(_literal(f"{group[0].dataset}, {group[0].model}"))
+        ax.set_title(literal(f"{group[0].dataset}, {group[0].model}"))
     for n, ax in enumerate(axes):
         ax.set_visible(n < count)
         ax.set_ylabel(y_label if n % columns == 0 else "")
@@ -298,13 +298,14 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     return figure, axes[:count]
 
 
-def _handle(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], color=colour, marker=marker, label=_literal(label), **SOLID)
+def handle(label: str, colour: str, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, label=literal(label), **SOLID)
 
 
-def _literal(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return plain(text).replace("$", r"\$")
+def literal(text: str, keep: str = "") -> str:
+    """Text that matplotlib does not read as mathematics; `keep`: a control character that stays."""
+    lines = [plain(line) for line in text.split(keep)] if keep else [plain(text)]
+    return keep.join(lines).replace("$", r"\$")
 
 
 def _legend(figure: Figure, handles: list[Line2D]) -> None:
@@ -318,7 +319,7 @@ def _legend(figure: Figure, handles: list[Line2D]) -> None:
         legend.remove()
 
 
-def _save(figure: Figure, handles: list[Line2D], name: str, caption: str, out: Path) -> Drawn:
+def save(figure: Figure, handles: list[Line2D], name: str, caption: str, out: Path) -> Drawn:
     _legend(figure, handles)
     files = (out / f"{name}.png", out / f"{name}.pdf")
     figure.savefig(files[0])

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from emreason.reports import tables
+from emreason.reports.collapse import draw_collapse
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
 from emreason.reports.page import render
@@ -50,8 +51,10 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         texts = _tables(runs, comparison)
+        colours = palette(runs)
         drawn = draw_all(runs, comparison, out / "figures")
-        texts["report.html"] = render(runs, comparison, drawn, palette(runs))
+        drawn += draw_collapse(runs, colours, out / "figures")
+        texts["report.html"] = render(runs, comparison, drawn, colours)
         for name, text in texts.items():
             # A lone surrogate in a sampled text is no reason to lose the report.
             (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")

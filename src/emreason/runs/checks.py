@@ -78,7 +78,7 @@ ALLOWED = {
     "sampler.reject_trivial": FLAG,
     "sampler.keep": whole(1),
     "sampler.distinct": FLAG,
-    "sampler.weigh": one_of("rationales", "questions", "importance", "resample", "rloo", "trice"),
+    "sampler.weigh": one_of("rationales", "questions", "importance", "resample", "contrast", "rloo", "maxrl", "trice", "mh"),
     "sampler.choose": one_of("all", "adaptive"),
     "sampler.share": number(0, 1, above=True),
     "sampler.truncate": or_null(number(1)),

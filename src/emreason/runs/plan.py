@@ -73,7 +73,8 @@ def at_most(cfg: DictConfig, scheme: Scheme, train: int) -> dict[str, int]:
     asked = max(1, round(scheme.share * train)) if scheme.choose == "adaptive" else train
     draws = asked * len(scheme.tries)
     # what a step covers: questions, accepted or not, or rationales
-    slots = asked if cfg.m_step.normalize == "questions" else draws if scheme.weigh in ("rloo", "trice") else asked * scheme.keep
+    rationales = draws if scheme.persists or scheme.weigh in ("rloo", "maxrl") else asked * scheme.keep
+    slots = asked if cfg.m_step.normalize == "questions" else rationales
     steps = math.ceil(min(slots, draws) / cfg.m_step.batch_size) * cfg.m_step.epochs
     return {"questions": asked, "draws": draws, "tokens": draws * scheme.max_new_tokens, "steps": steps}
 

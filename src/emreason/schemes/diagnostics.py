@@ -3,6 +3,7 @@ or lean on the hint."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -87,8 +88,11 @@ def e_step_record(
 
 def _importance_record(accepted: Sequence[Rationale], scheme: Scheme) -> dict[str, float | None]:
     """Of the questions with a correct draw: the mean effective sample size of the K weights, and the importance-sampling estimate of
-    log π(y*|x). Questions without one would enter the latter as −∞, so it is too high by what they are worse.
+    log π(y*|x). Questions without one would enter the latter as −∞, so it is too high by what they are worse. Under `mh` the mean
+    probability with which a right draw took the place of the rationale kept before.
     """
+    if scheme.weigh == "mh":
+        return {"move_rate": mean(math.exp(min(0.0, r.log_weight)) for r in accepted if r.log_weight is not None)}
     if not scheme.weighs_by_importance:
         return {}
     groups = by_question(accepted).values()

@@ -25,6 +25,14 @@ def valid_sums(text: str, answer: str | None, question: Question) -> bool:
     return answers.correct(answer, question) and bool(found) and all(found)
 
 
+def verified(text: str, answer: str | None, question: Question) -> bool:  # noqa: ARG001
+    """The right answer, and a hinted rationale that leads to it under the plain prompt, too: the sampler asks again (`verification.py`)."""
+    return answers.correct(answer, question)
+
+
+verified.asks_again = True  # type: ignore[attr-defined]
+
+
 def well_formed(text: str, answer: str | None, question: Question) -> bool:  # noqa: ARG001
     """Any answer that can be read, right or wrong: unfiltered self-training, the control that learns the format and nothing else."""
     return answer is not None

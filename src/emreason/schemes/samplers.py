@@ -17,7 +17,7 @@ import pkgutil
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from emreason.questions.answers import extract, stop_at_answer
@@ -92,7 +92,8 @@ class Scheme:
             callable_ = False
         if not callable_:
             raise UserError(
-                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums or well_formed."
+                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums, well_formed or "
+                "verified."
             )
         if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
             raise UserError(
@@ -100,18 +101,25 @@ class Scheme:
                 "sampler.top_p=1, sampler.distinct=false and a temperature above 0."
             )
         n = len(self.tries)
-        if self.weigh == "rloo" and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
+        if self.weigh in ("rloo", "maxrl") and (n < 2 or set(self.tries) != {"question"} or self.keep < n or self.distinct):
             raise UserError(
-                "sampler.weigh=rloo compares all draws of the plain prompt: set sampler.proposals={question: K} with K of at least 2, "
-                "sampler.keep=K and sampler.distinct=false."
+                f"sampler.weigh={self.weigh} compares all draws of the plain prompt: set sampler.proposals={{question: K}} with K of at "
+                "least 2, sampler.keep=K and sampler.distinct=false."
             )
         if self.weigh == "trice" and (self.tries != ("question", "rationalization") or self.keep < 2 or self.distinct):
             raise UserError(
                 "sampler.weigh=trice has one draw of the plain prompt and begins with a hinted one: set "
                 "sampler.proposals={question: 1, rationalization: 1}, sampler.keep=2 and sampler.distinct=false."
             )
-        if self.choose == "adaptive" and self.weigh == "trice":
-            raise UserError("sampler.choose=adaptive does not go with sampler.weigh=trice, which begins with a draw of every question.")
+        if self.weigh == "contrast" and set(self.tries) != {"rationalization"}:
+            raise UserError("sampler.weigh=contrast weighs hinted draws: set sampler.proposals={rationalization: K}.")
+        if self.weigh == "mh" and (self.keep > 1 or self.top_p < 1 or self.temperature == 0 or self.distinct):
+            raise UserError(
+                "sampler.weigh=mh compares the first right draw, from the whole distribution, with the rationale kept before: set "
+                "sampler.keep=1, sampler.top_p=1, sampler.distinct=false and a temperature above 0."
+            )
+        if self.choose == "adaptive" and self.persists:
+            raise UserError(f"sampler.choose=adaptive does not go with sampler.weigh={self.weigh}, whose rationales are of every question.")
 
     @property
     def tries(self) -> tuple[Proposal, ...]:
@@ -124,13 +132,28 @@ class Scheme:
 
     @property
     def weighs_by_importance(self) -> bool:
-        """Whether the weights need a scoring pass."""
+        """Whether accepted draws of one question are weighed against one another by importance."""
         return self.weigh in ("importance", "resample")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the weights need a scoring pass."""
+        return self.weighs_by_importance or self.weigh in ("mh", "contrast")
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether a hinted rationale must lead to the answer under the plain prompt, too, see `verification.py`."""
+        return bool(getattr(pkgutil.resolve_name(self.reward), "asks_again", False))
+
+    @property
+    def persists(self) -> bool:
+        """Whether each question has a rationale that is kept from one iteration to the next."""
+        return self.weigh in ("trice", "mh")
 
     @property
     def needs_past(self) -> bool:
         """Whether an E-step needs the attempts of earlier iterations."""
-        return self.weigh == "trice" or self.choose == "adaptive"
+        return self.persists or self.choose == "adaptive"
 
     @property
     def params(self) -> SamplingParams:
@@ -169,6 +192,7 @@ def sample(
         replayed: attempts already journalled in this iteration; they are not drawn again and not yielded.
     """
     from emreason.engines.drawing import draw_seed  # and PyTorch, which a plan does without
+    from emreason.schemes.verification import asked_again, leads_to_gold
 
     examples = scheme.n_examples(iteration)
     by_id = {question.id: question for question in questions}
@@ -189,11 +213,20 @@ def sample(
         attempts = past.setdefault(question.id, [])
         if not is_settled(attempts, scheme):
             queue.append(request(question, len(attempts) + 1))
+    verify = scheme.asks_again
+    unverified: dict[str, Rationale] = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
-        question_id, attempt = key
+        question_id, attempt, *again = key
         question = by_id[question_id]
-        rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
+        if again:
+            rationale = replace(unverified.pop(question_id), accepted=leads_to_gold(completion, question, tokenizer))
+        else:
+            rationale = judge(completion, question, scheme, tokenizer, iteration, attempt)
+            if verify and rationale.accepted and rationale.proposal == "rationalization":
+                unverified[question_id] = rationale
+                queue.appendleft(asked_again(rationale, question, prompts, tokenizer))
+                continue
         past[question_id].append(rationale)
         if not is_settled(past[question_id], scheme):
             queue.appendleft(request(question, attempt + 1))  # at once: the engine still has this prompt's K/V

@@ -12,19 +12,32 @@ from scipy.special import logsumexp, softmax
 
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
+from emreason.schemes.chain import acceptance_ratios, weigh_chain
+from emreason.schemes.contrast import contrast_weight, contrasts
 from emreason.schemes.samplers import Scheme, by_question
 from emreason.scores.likelihood import Scorer
 from emreason.types import Question, Rationale
 
 
 def score_weights(
-    attempts: Sequence[Rationale], questions: Mapping[str, Question], scheme: Scheme, prompts: Prompts, score: Scorer, iteration: int
+    attempts: Sequence[Rationale],
+    questions: Mapping[str, Question],
+    scheme: Scheme,
+    prompts: Prompts,
+    score: Scorer,
+    iteration: int,
+    memory: Mapping[str, Rationale] | None = None,
 ) -> list[Rationale]:
     """Give every accepted attempt its `log_weight`: log π(z, y*|x) under the plain prompt, less log q(z, y*|x) as it was drawn.
 
     q has the prompt of the attempt's proposal, worked examples included, and the sampling temperature; π is what is trained: plain
     zero-shot prompt, temperature 1. Both are of the sampled ids, by the same scoring pass, so that rounding does not enter the ratio.
+    `mh`: less that of the question's rationale in `memory`, see `chain.acceptance_ratios`. `contrast`: see `contrast.contrasts`.
     """
+    if scheme.weigh == "mh":
+        return acceptance_ratios(attempts, memory or {}, questions, scheme, prompts, score, iteration)
+    if scheme.weigh == "contrast":
+        return contrasts(attempts, questions, scheme, prompts, score, iteration)
     accepted = [a for a in attempts if a.accepted]
     examples = scheme.n_examples(iteration)
     target = score([(prompts.ids(questions[a.question_id]), a.token_ids) for a in accepted])
@@ -44,21 +57,26 @@ def weigh(
     - `rationales`: each counts 1, so a question counts as often as it has rationales (ReST-EM, Singh et al. 2023).
     - `questions`: each counts 1/n.
     - `importance`: self-normalised importance weights w̃ₖ ∝ π(zₖ, y*|x) / q(zₖ, y*|x); the posterior as K → ∞ (Owen 2013, §9.2).
+    - `contrast`: each counts how well it tells the right hint from a wrong one, in [0, 1], see `contrast.py`.
     - `resample`: one of them counts 1, drawn with probability w̃ₖ (sampling importance resampling, Rubin 1987).
 
     And for all draws of one question, wrong ones included:
 
     - `rloo`: (rₖ − mean of the other draws' r) / K (Kool et al. 2019; Ahmadian et al. 2024): draws of one plain prompt at temperature 1
       make Σ wₖ ∇log π(zₖ, yₖ|x) an unbiased estimate of ∇E[r] = ∇π(y*|x), which is also RS-1's expected update.
-    - `trice`: see `_trice`.
+    - `maxrl`: rₖ/n − 1/K with n right draws, 0 where none is (Tajwar et al. 2026). With S the score, p = π(y*|x) and draws as for `rloo`,
+      E[Σ rₖSₖ/n] = (1 − (1−p)ᴷ) ∇log p, and E[ΣSₖ/K; n ≥ 1] = p (1−p)ᴷ⁻¹ ∇log p since E[S] = 0; so the control variate, which leaves
+      out groups without a right draw, lowers the order by one: (1 − (1−p)ᴷ⁻¹) ∇log p = Σ_{k<K} ∇pass@k / k, which is RS-(K−1)'s update.
+
+    And for one rationale per question that persists over iterations: `trice`, `mh`, see `chain.py`.
 
     Args:
-        memory: `trice`'s rationales before this iteration. Those it still has are appended to what is returned.
+        memory: these rationales before this iteration. Those that remain are appended to what is returned.
     """
-    if scheme.weigh == "rloo":
-        return _leave_one_out(attempts, scheme)
-    if scheme.weigh == "trice":
-        return _trice(attempts, memory or {}, iteration)
+    if scheme.weigh in ("rloo", "maxrl"):
+        return _against_the_group(attempts, scheme)
+    if scheme.persists:
+        return weigh_chain(attempts, memory or {}, scheme, seed=seed, iteration=iteration)
     weights: dict[tuple[str, int], float] = {}
     in_order = sorted((a for a in attempts if a.accepted), key=lambda a: a.attempt)
     for question_id, accepted in by_question(in_order).items():
@@ -70,57 +88,29 @@ def weigh(
                 uniform = draw_seed(seed, iteration, question_id, 0) / 2**63
                 chosen = min(bisect_right([*accumulate(shares)], uniform), len(kept) - 1)  # the shares may sum to less than 1
                 shares = [float(i == chosen) for i in range(len(kept))]
+        elif scheme.weigh == "contrast":
+            shares = [contrast_weight(a.log_weight or 0.0) for a in kept]
         else:
             shares = [1 / len(kept) if scheme.weigh == "questions" else 1.0] * len(kept)
         weights |= {(question_id, a.attempt): share for a, share in zip(kept, shares, strict=True)}
     return [replace(a, weight=weights.get((a.question_id, a.attempt), 0.0)) for a in attempts]
 
 
-def _leave_one_out(attempts: Sequence[Rationale], scheme: Scheme) -> list[Rationale]:
+def _against_the_group(attempts: Sequence[Rationale], scheme: Scheme) -> list[Rationale]:
     groups = by_question(attempts)
     k = len(scheme.tries)
 
     def weight(attempt: Rationale) -> float:
         group = groups[attempt.question_id]
-        if len(group) < k:  # a prompt that does not fit the context
+        right = sum(a.accepted for a in group)
+        if len(group) < k or not right:  # a prompt that does not fit the context; nothing to tell apart
             return 0.0
-        others = sum(a.accepted for a in group) - attempt.accepted
+        if scheme.weigh == "maxrl":
+            return attempt.accepted / right - 1 / k
+        others = right - attempt.accepted
         return (attempt.accepted - others / (k - 1)) / k
 
     return [replace(a, weight=weight(a)) for a in attempts]
-
-
-def remembered(attempts: Sequence[Rationale], memory: Mapping[str, Rationale]) -> dict[str, Rationale]:
-    """TRICE's persistent rationale of each question after an iteration's attempts, by question id.
-
-    One step of independence Metropolis-Hastings on the posterior π(z|x, y*): the proposal is π(z|x) and the likelihood is 0 or 1, so a draw
-    of the plain prompt is accepted if and only if its answer is correct; else the rationale stays (Phan et al. 2023, Algorithm 1). The
-    hinted draw of the first iteration begins the chain.
-    """
-    after = dict(memory)
-    for attempt in sorted(attempts, key=lambda a: a.proposal == "question"):  # the hinted one first
-        if attempt.accepted:
-            after[attempt.question_id] = attempt
-    return after
-
-
-def _trice(attempts: Sequence[Rationale], memory: Mapping[str, Rationale], iteration: int) -> list[Rationale]:
-    """TRICE's control-variate gradient (Phan et al. 2023, Algorithm 2): Σₘ ∇log π(z'ₘ) − βₘ ∇log π(z̃ₘ) over questions m with a rationale.
-
-    z'ₘ is the rationale after this iteration's draw z̃ₘ of the plain prompt. E ∇log π(z̃ₘ) = 0, so βₘ changes the variance alone as long as
-    it does not depend on z̃ₘ: it is the share of correct draws among the *other* questions with a rationale. Where z̃ₘ is correct, z'ₘ = z̃ₘ
-    counts 1 − βₘ; a wrong one counts −βₘ. The paper's minibatch is a whole iteration here, and `m_step.normalize` is what its mean is over.
-    """
-    after = remembered(attempts, memory)
-    drawn = [a for a in attempts if a.proposal == "question" and a.finish_reason != "error" and a.question_id in after]
-    correct = sum(a.accepted for a in drawn)
-    weights = {(r.question_id, r.iteration, r.attempt): 1.0 for r in after.values()}
-    for a in drawn:
-        beta = (correct - a.accepted) / (len(drawn) - 1) if len(drawn) > 1 else 0.0
-        key = (a.question_id, a.iteration, a.attempt)
-        weights[key] = weights.get(key, 0.0) - beta
-    everything = [*attempts, *(r for r in after.values() if r.iteration != iteration)]
-    return [replace(r, weight=weights.get((r.question_id, r.iteration, r.attempt), 0.0)) for r in everything]
 
 
 def normalized(accepted: Sequence[Rationale], scheme: Scheme) -> list[float]:

@@ -123,6 +123,12 @@ def rationale_ids(
     return ids[:n], True
 
 
+def at_cue(prompt_ids: tuple[int, ...], token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The prompt, the sampled ids before their last answer statement, and the cue `Answer:` after them."""
+    z = rationale_ids(token_ids, tokenizer, prompt_ids)[0]
+    return (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
+
+
 def cue_ids(z: Sequence[int], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids of the cue `Answer:` on a line of its own after `z`, whose thinking block, if it is still open, is closed before."""
     text = said(z, prompt_ids, tokenizer)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from emreason.engines.drawing import draw_seed
 from emreason.questions.answers import correct, stop_at_answer
 from emreason.questions.prompts import Prompts
-from emreason.scores.likelihood import Scorer, cue_ids, rationale_ids
+from emreason.scores.likelihood import Scorer, at_cue
 from emreason.scores.scoring import answered_at_cue
 from emreason.types import Engine, Question, Rationale, Request, SamplingParams
 
@@ -32,10 +32,8 @@ def faithful(
     for i, r in enumerate(rationales):
         if r.answer is not None:
             question = questions[r.question_id]
-            prompt_ids = prompts.ids(question)
-            z = rationale_ids(r.token_ids, tokenizer, prompt_ids)[0]
             stated = replace(question, answer=r.answer, verify=None)
-            asked[i] = stated, (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
+            asked[i] = stated, at_cue(prompts.ids(question), r.token_ids, tokenizer)
     return [correct(answer, asked[i][0]) for i, answer in answered_at_cue(asked, engine, tokenizer).items()]
 
 

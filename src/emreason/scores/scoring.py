@@ -115,10 +115,15 @@ def answered_at_cue(
     answers = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
-        line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
         if completion.finish_reason != "error":
-            answers[key] = extract(f"Answer: {line}", asked[key][0])
+            answers[key] = answer_at_cue(completion, asked[key][0], tokenizer)
     return answers
+
+
+def answer_at_cue(completion: Completion, question: Question, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The answer of a completion that goes on after `Answer:`."""
+    line = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)).strip().split("\n")[0]
+    return extract(f"Answer: {line}", question)
 
 
 def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
