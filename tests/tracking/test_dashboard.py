@@ -180,10 +180,12 @@ def test_finishing_without_a_run_is_harmless():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
-def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger):
-    if logger == "tensorboard":
-        pytest.importorskip("tensorboard", reason="needs pip install 'emreason[tensorboard]'")
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "trackio", "mlflow"])
+def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger, monkeypatch):
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"needs pip install 'emreason[{logger}]'")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     cfg = compose_config(*SMOKE, f"logger={logger}")
     cfg.hydra.runtime.output_dir = str(tmp_path / "run")
     HydraConfig.instance().set_config(cfg)
@@ -199,6 +201,23 @@ def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger):
         table = pd.read_csv(tmp_path / "run/csv/version_0/metrics.csv")
         assert table["validation/accuracy"].dropna().tolist() == pytest.approx(expected)
         assert table["e_step/acceptance_rate"].notna().sum() == 2
+    elif logger == "trackio":
+        from trackio import Api
+
+        (run,) = Api().runs("emreason")
+        assert run.name.endswith("run")
+        history = run.history()
+        rows = history.to_dict("records") if hasattr(history, "to_dict") else history
+        assert [
+            r["validation/accuracy"] for r in rows if r.get("validation/accuracy") == r.get("validation/accuracy") is not None
+        ] == expected
+    elif logger == "mlflow":
+        from mlflow import MlflowClient
+
+        client, known = MlflowClient(f"file:{tmp_path}/mlruns"), (tmp_path / "run/mlflow_id").read_text()
+        logged = client.get_metric_history(known, "validation/accuracy")
+        assert [each.value for each in sorted(logged, key=lambda each: each.step)] == pytest.approx(expected)
+        assert client.get_run(known).data.params["sampler.display"] == "RS-8"
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -19,6 +19,7 @@ from emreason.progress import console
 from emreason.runs.journal import read_lines, write_atomic
 from emreason.runs.keys import flatten
 from emreason.runs.summary import Summary
+from emreason.tracking import trackers
 from emreason.types import UserError, plain
 
 COLUMNS = ["iteration", "question", "gold", "scheme", "attempt", "proposal", "text", "answer", "accepted", "tokens"]
@@ -158,7 +159,8 @@ def run_id(folder: Path) -> str:
 
 
 def finish(status: str) -> None:
-    """Close the current W&B run, if any, so that the next job of a sweep gets one of its own; not `finished` shows as failed."""
+    """Close the current W&B or Trackio run, if any, so that the next job of a sweep gets one of its own; not `finished` shows as failed."""
+    trackers.finish()
     if "wandb" in sys.modules:
         wandb = sys.modules["wandb"]
         if wandb.run is not None:
@@ -172,7 +174,9 @@ def _start(folder: Path, offline: bool | None, **about: Any) -> Any:
     given = os.environ.get("WANDB_MODE", "online") != "online"  # the environment decides where the config does not
     keyless = not given and not wandb.login(prompt=False, verify=False)
     if offline is False and keyless:
-        raise UserError("logger.offline=false needs an API key: run `wandb login`, set WANDB_API_KEY, or leave logger.offline=null.")
+        raise UserError(
+            "logger.wandb.offline=false needs an API key: run `wandb login`, set WANDB_API_KEY, or leave logger.wandb.offline=null."
+        )
     if offline is None:
         offline = keyless or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
     run = wandb.init(

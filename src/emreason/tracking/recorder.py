@@ -87,10 +87,11 @@ class Recorder(Callback):
         if trainer.is_global_zero and "validation" in pl_module.predictions:
             write_predictions(self.folder, f"validation_iteration={iteration:03d}", pl_module.predictions.pop("validation"))
         earlier = [r for r in self.summary.values["iterations"] if r["iteration"] < iteration]
-        self.summary.update(iterations=[*earlier, record])
         self.tokens += e_step.record["tokens"]
         if self.token_budget is not None and self.tokens >= self.token_budget:
+            record["stopped"] = "token_budget"
             trainer.should_stop = True
+        self.summary.update(iterations=[*earlier, record])
 
 
 class Checkpoints(Checkpoint):
@@ -105,6 +106,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         # the first rank alone has the summary
+        if trainer.is_global_zero and trainer.should_stop and "stopped" not in (done := self.summary.values["iterations"])[-1]:
+            self.summary.update(iterations=[*done[:-1], done[-1] | {"stopped": "callback"}])  # and a finished run stays finished
         is_best = trainer.is_global_zero and best_iteration(self.summary.values["iterations"]) == trainer.current_epoch
         if trainer.strategy.broadcast(is_best):
             trainer.save_checkpoint(self.best, weights_only=True)

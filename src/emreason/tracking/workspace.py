@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command: make the workspace, or write its specification."""
     parser = argparse.ArgumentParser(prog="python -m emreason.tracking.workspace", description="A W&B workspace for emreason's runs.")
     parser.add_argument("entity", help="your W&B user or team")
-    parser.add_argument("--project", default="emreason", help="logger.project of the runs (default: emreason)")
+    parser.add_argument("--project", default="emreason", help="logger.wandb.project of the runs (default: emreason)")
     parser.add_argument("--name", default="EM: schemes compared", help="of the saved view")
     parser.add_argument("--spec", type=Path, metavar="FILE", help="write the specification as JSON and send nothing")
     arguments = parser.parse_args(argv)
