@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -27,8 +27,8 @@ from emreason.types import UserError
 class FakeHub(BaseHTTPRequestHandler):
     """As much of the Hub as an upload needs; `files` is what was uploaded."""
 
-    files: dict[str, bytes] = {}
-    asked: list[tuple[str, Any]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[tuple[str, Any]]] = []
     refuses = False
 
     def do_POST(self) -> None:
@@ -94,7 +94,7 @@ def test_a_runs_card_chats_and_merged_model_go_to_the_hub(tmp_path, monkeypatch,
     assert summary["pushed"]["commit"].endswith("/me/tiny/commit/" + "a" * 40)
     authorization, created = hub.asked[-1]
     assert authorization == "Bearer hf_secret"
-    assert (created["name"], created["organization"], created["private"]) == ("tiny", "me", True)
+    assert (created["name"], created["organization"], created["visibility"]) == ("tiny", "me", "private")
     assert hub.files == {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
     uploads = len(hub.asked)
     emreason.run(*JOB, "hub.push=me/tiny")
@@ -142,9 +142,7 @@ TURNS = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
 
 
-@pytest.mark.parametrize(
-    ("chat_template", "roles"), [(SYSTEM + TURNS, ["system", "user"]), (REFUSES + TURNS, ["user"]), (TURNS, ["user"]), (None, ["user"])]
-)
+@pytest.mark.parametrize(("chat_template", "roles"), [(SYSTEM + TURNS, ["system", "user"]), (REFUSES + TURNS, ["user"]), (None, ["user"])])
 def test_a_chat_has_a_system_message_where_the_models_template_shows_one(chat_template, roles):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
@@ -157,7 +155,7 @@ def test_a_chat_has_a_system_message_where_the_models_template_shows_one(chat_te
 
 
 @pytest.mark.slow
-def test_trl_trains_on_the_chats_as_they_are(tmp_path, monkeypatch):
+def test_trl_trains_on_the_chats_as_they_are(tmp_path):
     python = REPO / ".venvs/trl-cpu/bin/python"
     if not python.exists():
         pytest.skip("needs .venvs/trl-cpu (make bench makes it)")
@@ -170,7 +168,7 @@ def test_trl_trains_on_the_chats_as_they_are(tmp_path, monkeypatch):
     )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    prompts, questions = Prompts(tokenizer, TEMPLATE, ()), numbers(6)
+    prompts, questions = Prompts(tokenizer, TEMPLATE, ()), numbers(24)
     scheme = emreason.Scheme("rs", "RS-8", 8, {"question": 8}, max_new_tokens=24)
     journal = Journal(tmp_path)
     drawn = emreason.sample(questions, scheme, emreason.InProcessEngine(model, tokenizer), prompts, tokenizer, seed=1, iteration=0)

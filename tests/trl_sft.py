@@ -19,9 +19,9 @@ trainer = SFTTrainer(
 expected = json.loads((folder / "expected.json").read_text())
 prompts = sorted(map(tuple, expected.values()))
 for row in trainer.train_dataset:  # the prompt is the run's own, token by token, and not trained on
-    length = row["completion_mask"].index(1)
+    length = next(i for i, label in enumerate(row["labels"]) if label != -100)
     assert tuple(row["input_ids"][:length]) in prompts, row
-    assert all(row["completion_mask"][length:])
+    assert row["labels"][length:] == row["input_ids"][length:]
 assert len(trainer.train_dataset) == len(dataset)
 trainer.train()
 print(f"trained on {len(dataset)}")

@@ -249,7 +249,7 @@ def test_a_logger_outside_hydra_writes_into_the_run_folder(option, tmp_path, mon
         pytest.importorskip(lacking, reason=f"needs pip install 'emreason[{lacking}]'")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     if option == "mlflow":
-        cfg.logger.mlflow.tracking_uri = f"file:{tmp_path}/mlruns"
+        cfg.logger.mlflow.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "config.yaml").write_text(read(cfg).text)
     loggers = read(cfg).loggers(tmp_path)
     assert len(loggers) == (option != "none")

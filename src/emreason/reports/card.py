@@ -39,11 +39,12 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], overrides:
         _head(config, adapter),
         f"# {escape_markdown(summary['model'])}, {escape_markdown(summary['scheme'])} on {escape_markdown(summary['dataset'])}",
         f"{what} `{_base(load)}` that learned to reason from questions and answers alone, by expectation maximization "
-        f"([arXiv:{PAPER}](https://arxiv.org/abs/{PAPER})), with [emreason](https://pypi.org/project/emreason).",
+        f"([arXiv:{PAPER}](https://arxiv.org/abs/{PAPER})), with emreason.",
         "## Scores",
         markdown(scores).rstrip(),
-        f"Greedy answers under the plain zero-shot prompt unless said; [low, high] are 95 % Wilson intervals over questions of one run. The "
-        f"iteration was chosen by validation accuracy ({summary['best_iteration'] + 1} of {len(summary['iterations'])}); the test was looked at once.",
+        "Greedy answers under the plain zero-shot prompt unless said; [low, high] are 95 % Wilson intervals over questions of one run. "
+        f"The iteration ({summary['best_iteration'] + 1} of {len(summary['iterations'])}) was chosen by validation accuracy; the test was "
+        "looked at once.",
         "## How it was made",
         f"- Data: `{summary['dataset']}`{_data(config)}, {last['questions']} questions an iteration; rationales are the model's own.",
         f"- Scheme: {escape_markdown(summary['scheme'])}, proposals in order: {tries}; temperature {sampler['temperature']}, "
@@ -124,5 +125,6 @@ def _usage(adapter: bool, base: str) -> str:
     loading = 'AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
     if adapter:
         loading = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")'
-    first = "from peft import PeftModel\n" if adapter else ""
-    return f'{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = {loading}\ntokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
+    imports = ["from peft import PeftModel"] if adapter else []
+    imports.append("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    return "\n".join([*imports, "", f"model = {loading}", 'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'])

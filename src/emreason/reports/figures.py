@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from emreason.reports.comparison import Comparison
 from emreason.reports.difficulty import DECILES, acceptance_by_difficulty
 from emreason.reports.reading import Run, by_place
+from emreason.tracking.workspace import DONE, SECTIONS, STEP, TOKENS
 from emreason.types import plain
 
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
@@ -44,6 +46,8 @@ CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 
 BASELINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (5, 3)), "linewidth": 1.1}
 UNFINISHED: dict[str, Any] = {"color": GREY, "linestyle": "-.", "linewidth": 1.0, "alpha": 0.75, "markersize": 3.0}
 
+PANEL_COLUMNS, DASHES = 4, ("-", "--", ":", "-.", (0, (1, 3)))
+
 EXTRAS = {
     "few-shot (test)": "Dashed: few-shot baseline on the test split.",
     "chance acceptance": "Dotted: what a uniform guesser would get accepted in as many tries.",
@@ -59,6 +63,7 @@ class Drawn:
     name: str
     caption: str
     files: tuple[Path, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,7 @@ def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Dra
     counted = {run.folder for run in comparison.counted}
     figures = [_draw(plot, runs, counted, colours, out) for plot in PLOTS]
     figures.append(_draw_difficulty([run for run in runs if run.folder in counted], colours, out))
+    figures += [_draw_everything(group, counted, colours, out, f"everything_{n}") for n, group in enumerate(by_place(runs), start=1)]
     return [figure for figure in figures if figure]
 
 
@@ -272,6 +278,52 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
         )
         return _save(figure, handles, "acceptance_by_difficulty", caption, out)
+
+
+def _draw_everything(runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path, name: str) -> Drawn | None:
+    """A small panel for each chart of the W&B workspace that these runs, of one dataset and model, have numbers for."""
+    panels = []
+    for chart in (chart for charts in SECTIONS.values() for chart in charts if chart.axis != STEP):
+        found = {key: _curves(runs, partial(_along, chart.axis), partial(_values, chart.axis, key), counted) for key in chart.metrics}
+        if curves := {key: lines for key, lines in found.items() if lines and not key.startswith("test/")}:
+            panels.append((chart, curves))
+    if not panels:
+        return None
+    rows = -(-len(panels) // PANEL_COLUMNS)
+    with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
+        figure = Figure(figsize=(3.1 * PANEL_COLUMNS, 2.0 * rows + 0.4))
+        FigureCanvasAgg(figure)
+        for n, (chart, curves) in enumerate(panels, start=1):
+            ax = figure.add_subplot(rows, PANEL_COLUMNS, n, title=chart.title)
+            for (key, lines), dashes in zip(curves.items(), DASHES, strict=False):
+                for label, of_scheme in lines.items():
+                    for line in of_scheme:
+                        style: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "alpha": 0.8 if line.counted else 0.35}
+                        ax.plot(line.x, line.y, color=colours[label][0], linestyle=dashes, **style)
+                ax.plot([], [], color=GREY, linestyle=dashes, label=key.partition("/")[2])
+            if len(curves) > 1:
+                ax.legend(frameon=False)
+            if chart.log and all(y > 0 for lines in curves.values() for of_scheme in lines.values() for line in of_scheme for y in line.y):
+                ax.set_yscale("log")
+            ax.set_xlabel({"iteration": "EM iteration", DONE: "EM iterations completed"}.get(chart.axis, "tokens generated"))
+        figure.legend(handles=[_handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], ncols=6, frameon=False,
+                      loc="upper center")  # fmt: skip
+        figure.subplots_adjust(0.04, 0.35 / figure.get_figheight(), 0.99, 1 - 0.55 / figure.get_figheight(), wspace=0.22, hspace=0.62)
+        file = out / f"{name}.png"
+        figure.savefig(file)
+    where = f"{runs[0].dataset}, {runs[0].model}"
+    return Drawn(name, f"{where}: everything that is logged, a line per run; faint ones are not finished.", (file,), wide=True)
+
+
+def _along(axis: str, run: Run) -> list[float]:
+    """Where a run's points lie on an axis of the workspace: the base model, where it has a place, and the iterations."""
+    if axis == TOKENS:
+        return _cumulative([i.tokens for i in run.iterations])
+    return _numbers(run) if axis == "iteration" else [0.0, *(number + 1 for number in _numbers(run))]
+
+
+def _values(axis: str, key: str, run: Run) -> list[float | None]:
+    return [*([] if axis == "iteration" else [run.base.get(key)]), *(i.numbers.get(key) for i in run.iterations)]
 
 
 def _aside(n: int, count: int) -> float:

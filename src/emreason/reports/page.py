@@ -21,21 +21,34 @@ IN_ALL = 600
 TEXT_LIMIT = 3000  # characters of a rationale or a question that are shown
 
 
-def render(runs: Sequence[Run], comparison: Comparison, drawn: Sequence[Drawn], palette: dict[str, tuple[str, str]]) -> str:
-    """The whole page. Reads the template beside this file, the drawn figures and the runs' journals."""
+def render(
+    runs: Sequence[Run],
+    comparison: Comparison,
+    drawn: Sequence[Drawn],
+    palette: dict[str, tuple[str, str]],
+    refresh: float | None = None,
+) -> str:
+    """The whole page, which the browser reads again after `refresh` seconds.
+
+    Reads the template beside this file, the drawn figures and the runs' journals.
+    """
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("emreason.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     samples = sample_rationales(runs)
     shown = [run for run in runs if run.known]
     return template.render(
+        refresh=refresh,
         paper=tables.paper_table(comparison),
         caption=tables.caption(),
         notes=comparison.notes,
         pairs=tables.pairs_table(comparison),
         listed=tables.runs_table(shown),
         positions=_positions(comparison.counted),
-        figures=[{"caption": d.caption, "name": d.name, "data": base64.b64encode(d.files[0].read_bytes()).decode()} for d in drawn],
+        figures=[
+            {"caption": d.caption, "name": d.name, "wide": d.wide, "data": base64.b64encode(d.files[0].read_bytes()).decode()}
+            for d in drawn
+        ],
         differences=_differences(shown),
         samples=samples,
         per_group=PER_GROUP,

@@ -40,10 +40,10 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
         console.print(Text(plain(note), style="yellow"))
 
 
-def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
+def write_report(runs: Sequence[Run], out_dir: str | Path, refresh: float | None = None) -> list[Path]:
     """Write tables, figures and `report.html` into `out_dir` (made if absent) and return the files written.
 
-    Raises UserError where the folder cannot be written.
+    `refresh`: the page is read again after so many seconds. Raises UserError where the folder cannot be written.
     """
     out = Path(out_dir)
     comparison = compare(runs)
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         texts = _tables(runs, comparison)
         drawn = draw_all(runs, comparison, out / "figures")
-        texts["report.html"] = render(runs, comparison, drawn, palette(runs))
+        texts["report.html"] = render(runs, comparison, drawn, palette(runs), refresh)
         for name, text in texts.items():
             # A lone surrogate in a sampled text is no reason to lose the report.
             (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -74,11 +74,16 @@ def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     ]
     return {
         "table.md": "\n".join(section for section in sections if section),
-        "table.csv": _csv([asdict(cell) for cell in comparison.cells]),
+        "table.csv": _csv(comparison_records(comparison)["schemes"]),
         "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
-        "pairs.csv": _csv([_pair_record(pair) for pair in comparison.pairs]),
+        "pairs.csv": _csv(comparison_records(comparison)["pairs"]),
         "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
     }
+
+
+def comparison_records(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
+    """Its rows as flat records: `schemes` with means and intervals, `pairs` with Holm's p."""
+    return {"schemes": [asdict(cell) for cell in comparison.cells], "pairs": [_pair_record(pair) for pair in comparison.pairs]}
 
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
