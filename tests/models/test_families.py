@@ -37,7 +37,7 @@ SHAPE = {
     "initializer_range": 0.2,
     "eos_token_id": 2,
     "bos_token_id": 1,
-    "pad_token_id": 0,
+    "pad_token_id": 149,  # as Qwen has it, beyond the ids that are checked
 }
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES = {

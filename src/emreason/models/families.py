@@ -247,6 +247,7 @@ def _twin(base: Any) -> Any:
         config.sliding_window = CHECKED_WINDOW
     embedding = _shallow(facts.embedding)
     embedding.weight = nn.Parameter(facts.embedding.weight[:64].float(), requires_grad=False)
+    embedding.padding_idx = None  # changes gradients only, and is often beyond these
     layers = nn.ModuleList(copy.deepcopy(base.model.layers[i]).float() for i in chosen)
     model = _shallow(base.model, layers=layers, norm=copy.deepcopy(facts.norm).float(), embed_tokens=embedding)
     head = copy.deepcopy(facts.head).float() if type(facts.head) is not nn.Linear else _shallow(facts.head)
