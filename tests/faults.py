@@ -1537,4 +1537,11 @@ FAULTS = [
         "if now and not written:",
         "reports/test_report.py::test_a_report_that_watches_is_written_again_when_a_run_has_changed",
     ),
+    fault(
+        "python: Ctrl-C is deaf after the first",
+        "train.py",
+        "signal.getsignal(signal.SIGINT) == signal.SIG_IGN:",
+        "signal.getsignal(signal.SIGINT) is None:",
+        "test_python.py::test_ctrl_c_in_a_notebook_ends_the_run_and_not_the_notebook",
+    ),
 ]

@@ -37,6 +37,9 @@ def test_an_outsiders_dataset_scheme_reward_callback_and_engine(tmp_path):
     assert (summary["dataset"], summary["scheme"], summary["status"]) == ("legs", "patient-2", "finished")
     assert len(summary["iterations"]) == 2  # the first, and one that was not better by 1
     assert [record.get("stopped") for record in summary["iterations"]] == [None, "callback"]
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "\nemreason --config-dir=conf experiment=smoke dataset=legs sampler=patient engine=one_by_one" in card
+    assert str(tmp_path) not in card
     rung = (tmp_path / "run/bell.txt").read_text().splitlines()
     assert rung == [f"iteration {i} {record['validation']['accuracy']:.3f}" for i, record in enumerate(summary["iterations"])]
     attempts = [json.loads(line) for line in (tmp_path / "run/rationales/iteration=000.jsonl").open()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import hydra
 import pytest
 from conftest import REPO
+from lightning.pytorch.callbacks import Callback
 
 import emreason
 from emreason.runs.experiment import CONF
@@ -70,6 +72,23 @@ def test_a_run_from_python_is_that_of_the_command(tmp_path, monkeypatch):
     for wrong, words in [("plan=true", "plan=true is for the command"), ("experiment=exact", "laboratory"), ("api_key=x", "secret")]:
         with pytest.raises(UserError, match=words):
             emreason.run(wrong)
+
+
+class CtrlC(Callback):
+    """As if somebody pressed it after the first iteration."""
+
+    def on_train_epoch_end(self, trainer, pl_module):  # noqa: ARG002
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_notebook_ends_the_run_and_not_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        emreason.run("experiment=smoke", "evaluation.baseline=[]", "+callbacks.mine._target_=test_python.CtrlC")
+    assert signal.getsignal(signal.SIGINT) is before  # the next one is heard, too
+    summary = json.loads((tmp_path / "outputs/smoke/sums/tiny_llama/rs-8/seed=1/summary.json").read_text())
+    assert summary["status"] == "interrupted"
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import contextlib
 import functools
 import re
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +75,13 @@ def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, A
     if cfg.task != TRAIN or cfg.plan:
         raise UserError(f"emreason.run is an EM run; {'plan=true' if cfg.plan else f'the task {cfg.task}'} is for the command `emreason`.")
     write_atomic(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))  # as the command does
-    return train(cfg, folder)
+    try:
+        return train(cfg, folder)
+    except SystemExit as end:  # what Lightning makes of Ctrl-C: right for a command, not for a notebook
+        raise KeyboardInterrupt from end
+    finally:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has turned off
 
 
 def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:

@@ -8,8 +8,10 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -531,7 +533,7 @@ def test_a_report_that_watches_is_written_again_when_a_run_has_changed(tmp_path,
             raise KeyboardInterrupt
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("emreason.report.time.sleep", sleep)
+    monkeypatch.setattr("emreason.report.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # not that of other threads
     written = []
     monkeypatch.setattr("emreason.reports.writing.write_report", lambda *a, **k: written.append(k) or write_report(*a, **k))
     main([str(tmp_path / "out"), "--watch"])

@@ -19,19 +19,19 @@ ABOUT_THE_PLACE = ("hydra.", "hub.", "overwrite=", "quiet=", "logger", "data_roo
 """Overrides that say where a run lies and who hears of it, not what it is."""
 
 
-def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], overrides: list[str]) -> str:
+def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], arguments: list[str]) -> str:
     """The card in Markdown, with the Hub's keys at its head.
 
     Args:
         config: the run's, resolved.
         summary: of the run, with its test score.
-        overrides: those it was started with.
+        arguments: those of `emreason` that it was started with.
     """
     adapter = "add" in config["peft"] and not config["peft"].get("merge")
     rows = [[Entry(name), Entry(str(score["n"])), *map(Entry, _shares(score))] for name, score in _scores(summary)]
     scores = Table("Scores", ["", "questions", "accuracy (%) [95 %]", "with a forced answer line (%) [95 %]"], rows, (1, 2, 3))
     last = summary["iterations"][-1]["e_step"]
-    kept = [override for override in overrides if not override.lstrip("+~").startswith(ABOUT_THE_PLACE)]
+    kept = [_public(argument) for argument in arguments if not argument.lstrip("+~").startswith(ABOUT_THE_PLACE)]
     sampler, load = config["sampler"], config["model"]["load"]
     tries = ", ".join(f"{proposal} × {n}" for proposal, n in sampler["proposals"].items())
     what = "An adapter of" if adapter else "A fine-tuned copy of"
@@ -66,10 +66,19 @@ def write_card(folder: Path) -> None:
     """Write the card of the run in `folder` into its `model/`."""
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    given = folder / ".hydra" / "overrides.yaml"
-    overrides = [str(each) for each in OmegaConf.load(given)] if given.exists() else []
+    given, about = folder / ".hydra" / "overrides.yaml", folder / ".hydra" / "hydra.yaml"
+    arguments = [str(each) for each in OmegaConf.load(given)] if given.exists() else []
+    sources = OmegaConf.select(OmegaConf.load(about), "hydra.runtime.config_sources") if about.exists() else []
+    arguments = [f"--config-dir={Path(source.path).name}" for source in sources or [] if source.provider == "command-line"] + arguments
     assert isinstance(config, dict)
-    (folder / "model" / "README.md").write_text(model_card(config, summary, overrides), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+    (folder / "model" / "README.md").write_text(model_card(config, summary, arguments), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+
+
+def _public(argument: str) -> str:
+    """Without the folders that a file of this machine lies in: cards are passed on, home folders are not."""
+    key, is_set, value = argument.partition("=")
+    path = value.strip("'\"")
+    return f"{key}={Path(path).name}" if is_set and path.startswith(("/", "~", ".")) and len(Path(path).parts) > 1 else argument
 
 
 def _head(config: Mapping[str, Any], adapter: bool) -> str:

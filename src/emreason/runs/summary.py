@@ -61,11 +61,11 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     """An iteration's record as `e_step/tokens`, `validation/ci95/low`, …, with `e_step/tokens_per_accepted`; numbers alone."""
     parts = {part: dict(values) for part, values in record.items() if isinstance(values, dict)}
     for values in parts.values():
-        if "ci95" in values:
+        if values.get("ci95"):
             values["ci95"] = dict(zip(("low", "high"), values["ci95"], strict=True))
-        if "accuracy_by_position" in values:
+        if values.get("accuracy_by_position"):
             values["accuracy_by_position"] = {letter: of["accuracy"] for letter, of in values["accuracy_by_position"].items()}
-    if (e_step := parts.get("e_step", {})).get("accepted"):
+    if (e_step := parts.get("e_step", {})).get("accepted") and e_step.get("tokens"):
         e_step["tokens_per_accepted"] = e_step["tokens"] / e_step["accepted"]
     flat = {key.replace(".", "/"): value for key, value in flatten(parts).items()}
     return {key: value for key, value in flat.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
