@@ -151,7 +151,8 @@ def test_the_command_writes_tables_figures_and_page(grid, capsys):
         "acceptance_by_difficulty",
     ]
     assert names == {"table.md", "table.csv", "table.tex", "pairs.csv", "runs.csv", "report.html"} | {
-        f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")
+        *(f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")),
+        "figures/everything_1.png",
     }
     assert str(out / "report.html") in capsys.readouterr().out
 
@@ -535,6 +536,7 @@ def test_a_report_that_watches_is_written_again_when_a_run_has_changed(tmp_path,
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("emreason.report.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # not that of other threads
     written = []
+    monkeypatch.setattr("emreason.reports.writing.draw_all", lambda *_: [])
     monkeypatch.setattr("emreason.reports.writing.write_report", lambda *a, **k: written.append(k) or write_report(*a, **k))
     main([str(tmp_path / "out"), "--watch"])
     assert [bool(look) for look in looks] == [False, True, True, True]

@@ -290,7 +290,7 @@ def _draw_everything(runs: Sequence[Run], counted: set[Path], colours: dict[str,
     if not panels:
         return None
     rows = -(-len(panels) // PANEL_COLUMNS)
-    with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
+    with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "axes.labelsize": 7.0, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
         figure = Figure(figsize=(3.1 * PANEL_COLUMNS, 2.0 * rows + 0.4))
         FigureCanvasAgg(figure)
         for n, (chart, curves) in enumerate(panels, start=1):
@@ -300,11 +300,21 @@ def _draw_everything(runs: Sequence[Run], counted: set[Path], colours: dict[str,
                     for line in of_scheme:
                         style: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "alpha": 0.8 if line.counted else 0.35}
                         ax.plot(line.x, line.y, color=colours[label][0], linestyle=dashes, **style)
-                ax.plot([], [], color=GREY, linestyle=dashes, label=key.partition("/")[2])
+                ax.plot(
+                    [],
+                    [],
+                    color=GREY,
+                    linestyle=dashes,
+                    label=key if len({k.partition("/")[2] for k in curves}) == 1 else key.partition("/")[2],
+                )
             if len(curves) > 1:
-                ax.legend(frameon=False)
+                ax.legend(loc="upper right", framealpha=0.6, edgecolor="none")  # "best" takes a second
             if chart.log and all(y > 0 for lines in curves.values() for of_scheme in lines.values() for line in of_scheme for y in line.y):
                 ax.set_yscale("log")
+            if chart.axis == TOKENS:
+                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             ax.set_xlabel({"iteration": "EM iteration", DONE: "EM iterations completed"}.get(chart.axis, "tokens generated"))
         figure.legend(handles=[_handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], ncols=6, frameon=False,
                       loc="upper center")  # fmt: skip
