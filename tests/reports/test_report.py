@@ -123,6 +123,13 @@ def write_run(
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_the_panels(request, monkeypatch):
+    """The figure of everything takes a second; two tests look at it."""
+    if request.function not in (test_everything_that_is_logged_is_drawn, test_the_command_writes_tables_figures_and_page):
+        monkeypatch.setattr("emreason.reports.figures._draw_everything", lambda *_: None)
+
+
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
     """Three schemes × three seeds, all finished."""

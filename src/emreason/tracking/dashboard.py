@@ -243,7 +243,7 @@ def _start(folder: Path, offline: bool | None, **about: Any) -> Any:
             run.define_metric(name, step_metric=axis)
     if offline:
         console().print(f"W&B is offline; later: wandb sync {folder}/wandb/offline-run-*", highlight=False, soft_wrap=True)
-    else:
+    elif not run.disabled:
         lay_out(run)
     return run
 
