@@ -127,7 +127,7 @@ def write_run(
 def without_the_panels(request, monkeypatch):
     """The figure of everything takes a second; two tests look at it."""
     if request.function not in (test_everything_that_is_logged_is_drawn, test_the_command_writes_tables_figures_and_page):
-        monkeypatch.setattr("emreason.reports.figures._draw_everything", lambda *_: None)
+        monkeypatch.setattr("emreason.reports.writing.draw_panels", lambda *_: [])
 
 
 @pytest.fixture

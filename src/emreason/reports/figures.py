@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from emreason.reports.comparison import Comparison
 from emreason.reports.difficulty import DECILES, acceptance_by_difficulty
 from emreason.reports.reading import Run, by_place
-from emreason.tracking.workspace import DONE, SECTIONS, STEP, TOKENS
 from emreason.types import plain
 
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
@@ -45,8 +43,6 @@ SOLID: dict[str, Any] = {"linewidth": 1.7, "markersize": 4.8, "markeredgecolor":
 CHANCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.2, "marker": "_", "markersize": 7}
 BASELINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (5, 3)), "linewidth": 1.1}
 UNFINISHED: dict[str, Any] = {"color": GREY, "linestyle": "-.", "linewidth": 1.0, "alpha": 0.75, "markersize": 3.0}
-
-PANEL_COLUMNS, DASHES = 4, ("-", "--", ":", "-.", (0, (1, 3)))
 
 EXTRAS = {
     "few-shot (test)": "Dashed: few-shot baseline on the test split.",
@@ -93,7 +89,7 @@ class Plot:
     chance: Callable[[Run], list[float | None]] | None = None
 
 
-def _cumulative(amounts: Sequence[float]) -> list[float]:
+def cumulative(amounts: Sequence[float]) -> list[float]:
     return [0.0, *np.cumsum(amounts).tolist()]
 
 
@@ -101,7 +97,7 @@ def _accuracy(run: Run) -> list[float | None]:
     return [score.accuracy if score else None for score in [run.start, *(i.validation for i in run.iterations)]]
 
 
-def _numbers(run: Run) -> list[float]:
+def numbers(run: Run) -> list[float]:
     return [float(i.index) for i in run.iterations]
 
 
@@ -120,7 +116,7 @@ PLOTS = [
         "accuracy_per_token",
         "tokens generated in E-steps (cumulative)",
         "validation accuracy (%)",
-        lambda run: _cumulative([i.tokens for i in run.iterations]),
+        lambda run: cumulative([i.tokens for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal generation cost; the tokens of rejected attempts are charged. {BOTH}",
         few_shot=True,
@@ -129,7 +125,7 @@ PLOTS = [
         "accuracy_per_second",
         "E-step and M-step time (s, cumulative)",
         "validation accuracy (%)",
-        lambda run: _cumulative([i.seconds for i in run.iterations]),
+        lambda run: cumulative([i.seconds for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal training time; evaluation is not charged. {BOTH}",
         few_shot=True,
@@ -138,7 +134,7 @@ PLOTS = [
         "acceptance",
         "EM iteration",
         "questions accepted (%)",
-        _numbers,
+        numbers,
         lambda run: [i.acceptance for i in run.iterations],
         "Questions with an accepted rationale.",
         chance=lambda run: [i.chance for i in run.iterations],
@@ -147,7 +143,7 @@ PLOTS = [
         "rationale_length",
         "EM iteration",
         "mean rationale length (tokens)",
-        _numbers,
+        numbers,
         lambda run: [i.rationale_tokens for i in run.iterations],
         "Mean length of the E-step's rationales. The axis does not start at zero.",
         share=False,
@@ -173,7 +169,6 @@ def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Dra
     counted = {run.folder for run in comparison.counted}
     figures = [_draw(plot, runs, counted, colours, out) for plot in PLOTS]
     figures.append(_draw_difficulty([run for run in runs if run.folder in counted], colours, out))
-    figures += [_draw_everything(group, counted, colours, out, f"everything_{n}") for n, group in enumerate(by_place(runs), start=1)]
     return [figure for figure in figures if figure]
 
 
@@ -182,7 +177,7 @@ def _few_shot(runs: Sequence[Run]) -> float | None:
     return sum(scores.values()) / len(scores) if scores else None
 
 
-def _curves(
+def curves_of(
     runs: Sequence[Run], x: Callable[[Run], list[float]], y: Callable[[Run], list[float | None]], counted: set[Path]
 ) -> dict[str, list[Curve]]:
     curves: dict[str, list[Curve]] = {}
@@ -194,7 +189,7 @@ def _curves(
 
 
 def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
-    panels = [(group, curves) for group in by_place(runs) if (curves := _curves(group, plot.x, plot.y, counted))]
+    panels = [(group, curves) for group in by_place(runs) if (curves := curves_of(group, plot.x, plot.y, counted))]
     if not panels:
         return None
     scale = 100.0 if plot.share else 1.0
@@ -202,7 +197,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure, axes = _grid([group for group, _ in panels], plot.x_label, plot.y_label)
         for ax, (group, curves) in zip(axes, panels, strict=True):
-            companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
+            companions = curves_of(group, plot.x, plot.chance, counted) if plot.chance else {}
             at = {x for lines in curves.values() for line in lines for x in line.x}
             if len(at) == 1 and "iteration" in plot.x_label:  # points over one another: set them side by side
                 for n, label in enumerate(curves):
@@ -227,7 +222,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             elif "tokens" in plot.x_label:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in curves for _, curves in panels)]
+        handles = [handle(label, *colours[label]) for label in colours if any(label in curves for _, curves in panels)]
         handles += [Line2D([], [], label=name, **style) for name, style in extras.items()]
         caption = " ".join([plot.caption, *(EXTRAS[name] for name in extras)])
         return _save(figure, handles, plot.name, caption, out)
@@ -272,68 +267,12 @@ def _draw_difficulty(runs: Sequence[Run], colours: dict[str, tuple[str, str]], o
             ax.set_xticks([edge - 0.5 for edge in range(0, DECILES + 1, 2)], [str(10 * edge) for edge in range(0, DECILES + 1, 2)])
             ax.set_xlim(-0.5, DECILES - 0.5)
             ax.set_ylim(-2, 103)
-        handles = [_handle(label, *colours[label]) for label in colours if any(label in shown for _, shown in panels)]
+        handles = [handle(label, *colours[label]) for label in colours if any(label in shown for _, shown in panels)]
         caption = (
             "Questions accepted, by how often plain attempts of the untrained model (iteration 0) solve the question (tenths); each run is "
             "placed by the other runs' attempts, and shows its later iterations where it has any. Bars: 95 % Wilson intervals."
         )
         return _save(figure, handles, "acceptance_by_difficulty", caption, out)
-
-
-def _draw_everything(runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path, name: str) -> Drawn | None:
-    """A small panel for each chart of the W&B workspace that these runs, of one dataset and model, have numbers for."""
-    panels = []
-    for chart in (chart for charts in SECTIONS.values() for chart in charts if chart.axis != STEP):
-        found = {key: _curves(runs, partial(_along, chart.axis), partial(_values, chart.axis, key), counted) for key in chart.metrics}
-        if curves := {key: lines for key, lines in found.items() if lines and not key.startswith("test/")}:
-            panels.append((chart, curves))
-    if not panels:
-        return None
-    rows = -(-len(panels) // PANEL_COLUMNS)
-    with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "axes.labelsize": 7.0, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
-        figure = Figure(figsize=(3.1 * PANEL_COLUMNS, 2.0 * rows + 0.4))
-        FigureCanvasAgg(figure)
-        for n, (chart, curves) in enumerate(panels, start=1):
-            ax = figure.add_subplot(rows, PANEL_COLUMNS, n, title=chart.title)
-            for (key, lines), dashes in zip(curves.items(), DASHES, strict=False):
-                for label, of_scheme in lines.items():
-                    for line in of_scheme:
-                        style: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "alpha": 0.8 if line.counted else 0.35}
-                        ax.plot(line.x, line.y, color=colours[label][0], linestyle=dashes, **style)
-                ax.plot(
-                    [],
-                    [],
-                    color=GREY,
-                    linestyle=dashes,
-                    label=key if len({k.partition("/")[2] for k in curves}) == 1 else key.partition("/")[2],
-                )
-            if len(curves) > 1:
-                ax.legend(loc="upper right", framealpha=0.6, edgecolor="none")  # "best" takes a second
-            if chart.log and all(y > 0 for lines in curves.values() for of_scheme in lines.values() for line in of_scheme for y in line.y):
-                ax.set_yscale("log")
-            if chart.axis == TOKENS:
-                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            else:
-                ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-            ax.set_xlabel({"iteration": "EM iteration", DONE: "EM iterations completed"}.get(chart.axis, "tokens generated"))
-        figure.legend(handles=[_handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], ncols=6, frameon=False,
-                      loc="upper center")  # fmt: skip
-        figure.subplots_adjust(0.04, 0.35 / figure.get_figheight(), 0.99, 1 - 0.55 / figure.get_figheight(), wspace=0.22, hspace=0.62)
-        file = out / f"{name}.png"
-        figure.savefig(file)
-    where = f"{runs[0].dataset}, {runs[0].model}"
-    return Drawn(name, f"{where}: everything that is logged, a line per run; faint ones are not finished.", (file,), wide=True)
-
-
-def _along(axis: str, run: Run) -> list[float]:
-    """Where a run's points lie on an axis of the workspace: the base model, where it has a place, and the iterations."""
-    if axis == TOKENS:
-        return _cumulative([i.tokens for i in run.iterations])
-    return _numbers(run) if axis == "iteration" else [0.0, *(number + 1 for number in _numbers(run))]
-
-
-def _values(axis: str, key: str, run: Run) -> list[float | None]:
-    return [*([] if axis == "iteration" else [run.base.get(key)]), *(i.numbers.get(key) for i in run.iterations)]
 
 
 def _aside(n: int, count: int) -> float:
@@ -360,7 +299,7 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     return figure, axes[:count]
 
 
-def _handle(label: str, colour: str, marker: str) -> Line2D:
+def handle(label: str, colour: str, marker: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, label=_literal(label), **SOLID)
 
 

@@ -1,31 +1,40 @@
-"""`report.html`: one file that opens from disk without a network. Jinja escapes every text; the page's policy forbids fetching."""
+"""`report.html`: one file that opens from disk without a network, and its panels of all that was logged. Jinja escapes every text; the
+page's policy forbids fetching."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Environment
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from emreason.reports import tables
 from emreason.reports.comparison import Comparison
-from emreason.reports.figures import Drawn
-from emreason.reports.reading import Run, differing_keys, read_attempts
+from emreason.reports.figures import GREY, STYLE, Drawn, cumulative, curves_of, handle, numbers, palette
+from emreason.reports.reading import Run, by_place, differing_keys, read_attempts
+from emreason.tracking.workspace import DONE, SECTIONS, STEP, TOKENS
 
 PER_GROUP = 6  # rationales of one scheme, dataset, model, iteration and verdict
 IN_ALL = 600
 TEXT_LIMIT = 3000  # characters of a rationale or a question that are shown
+PANEL_COLUMNS, DASHES = 4, ("-", "--", ":", "-.", (0, (1, 3)))
 
 
 def render(
     runs: Sequence[Run],
     comparison: Comparison,
     drawn: Sequence[Drawn],
-    palette: dict[str, tuple[str, str]],
+    colours: dict[str, tuple[str, str]],
     refresh: float | None = None,
 ) -> str:
     """The whole page, which the browser reads again after `refresh` seconds.
@@ -55,7 +64,7 @@ def render(
         schemes=list(dict.fromkeys(s.scheme for s in samples)),
         iterations=sorted({s.iteration for s in samples}),
         places=list(dict.fromkeys((s.dataset, s.model) for s in samples)),
-        colours={label: colour for label, (colour, _) in palette.items()},
+        colours={label: colour for label, (colour, _) in colours.items()},
         counted=len(comparison.counted),
         total=len(runs),
     )
@@ -145,3 +154,67 @@ def _positions(runs: Sequence[Run]) -> tables.Table | None:
     ]
     columns = ["dataset", "model", "scheme", *letters]
     return tables.Table("Test accuracy (%) by the gold answer's letter (questions)", columns, rows, tuple(range(3, len(columns))))
+
+
+def draw_panels(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Drawn]:
+    """A figure for each dataset and model with all that was logged, as PNG in `out`."""
+    groups = [group for group in by_place(runs) if any(run.iterations for run in group)]
+    counted = {run.folder for run in comparison.counted}
+    drawn = [_draw_panels(group, counted, palette(runs), out, f"everything_{n}") for n, group in enumerate(groups, start=1)]
+    return [figure for figure in drawn if figure]
+
+
+def _draw_panels(runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path, name: str) -> Drawn | None:
+    """A small panel for each chart of the W&B workspace that these runs, of one dataset and model, have numbers for."""
+    panels = []
+    for chart in (chart for charts in SECTIONS.values() for chart in charts if chart.axis != STEP):
+        found = {key: curves_of(runs, partial(_along, chart.axis), partial(_values, chart.axis, key), counted) for key in chart.metrics}
+        if curves := {key: lines for key, lines in found.items() if lines and not key.startswith("test/")}:
+            panels.append((chart, curves))
+    if not panels:
+        return None
+    rows = -(-len(panels) // PANEL_COLUMNS)
+    with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "axes.labelsize": 7.0, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
+        figure = Figure(figsize=(3.1 * PANEL_COLUMNS, 2.0 * rows + 0.4))
+        FigureCanvasAgg(figure)
+        for n, (chart, curves) in enumerate(panels, start=1):
+            ax = figure.add_subplot(rows, PANEL_COLUMNS, n, title=chart.title)
+            for (key, lines), dashes in zip(curves.items(), DASHES, strict=False):
+                for label, of_scheme in lines.items():
+                    for line in of_scheme:
+                        style: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "alpha": 0.8 if line.counted else 0.35}
+                        ax.plot(line.x, line.y, color=colours[label][0], linestyle=dashes, **style)
+                ax.plot(
+                    [],
+                    [],
+                    color=GREY,
+                    linestyle=dashes,
+                    label=key if len({k.partition("/")[2] for k in curves}) == 1 else key.partition("/")[2],
+                )
+            if len(curves) > 1:
+                ax.legend(loc="upper right", framealpha=0.6, edgecolor="none")  # "best" takes a second
+            if chart.log and all(y > 0 for lines in curves.values() for of_scheme in lines.values() for line in of_scheme for y in line.y):
+                ax.set_yscale("log")
+            if chart.axis == TOKENS:
+                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+            ax.set_xlabel({"iteration": "EM iteration", DONE: "EM iterations completed"}.get(chart.axis, "tokens generated"))
+        figure.legend(handles=[handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], ncols=6, frameon=False,
+                      loc="upper center")  # fmt: skip
+        figure.subplots_adjust(0.04, 0.35 / figure.get_figheight(), 0.99, 1 - 0.55 / figure.get_figheight(), wspace=0.22, hspace=0.62)
+        file = out / f"{name}.png"
+        figure.savefig(file)
+    where = f"{runs[0].dataset}, {runs[0].model}"
+    return Drawn(name, f"{where}: everything that is logged, a line per run; faint ones are not finished.", (file,), wide=True)
+
+
+def _along(axis: str, run: Run) -> list[float]:
+    """Where a run's points lie on an axis of the workspace: the base model, where it has a place, and the iterations."""
+    if axis == TOKENS:
+        return cumulative([i.tokens for i in run.iterations])
+    return numbers(run) if axis == "iteration" else [0.0, *(number + 1 for number in numbers(run))]
+
+
+def _values(axis: str, key: str, run: Run) -> list[float | None]:
+    return [*([] if axis == "iteration" else [run.base.get(key)]), *(i.numbers.get(key) for i in run.iterations)]

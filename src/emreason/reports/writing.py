@@ -15,7 +15,7 @@ from rich.text import Text
 from emreason.reports import tables
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
-from emreason.reports.page import render
+from emreason.reports.page import draw_panels, render
 from emreason.reports.reading import Run
 from emreason.types import UserError, plain
 
@@ -50,7 +50,7 @@ def write_report(runs: Sequence[Run], out_dir: str | Path, refresh: float | None
     try:
         out.mkdir(parents=True, exist_ok=True)
         texts = _tables(runs, comparison)
-        drawn = draw_all(runs, comparison, out / "figures")
+        drawn = [*draw_all(runs, comparison, out / "figures"), *draw_panels(runs, comparison, out / "figures")]
         texts["report.html"] = render(runs, comparison, drawn, palette(runs), refresh)
         for name, text in texts.items():
             # A lone surrogate in a sampled text is no reason to lose the report.
