@@ -66,7 +66,7 @@ def test_the_help_is_short_and_names_every_option_that_one_can_choose():
     assert len(done.stdout.splitlines()) <= 30
     conf = Path(__file__).resolve().parents[1] / "conf"
     listed = done.stdout.split()
-    for group in ("model", "dataset", "sampler", "engine", "peft", "logger", "experiment"):
+    for group in ("model", "dataset", "sampler", "engine", "peft", "logger", "callbacks", "experiment"):
         options = {file.stem for file in (conf / group).glob("*.yaml")} - {"base"}
         assert options <= set(listed), group
     schemes = done.stdout.partition("sampling scheme: ")[2].partition("engine")[0].split()

@@ -36,6 +36,17 @@ def test_a_run_stops_at_its_token_budget_and_stays_there(tmp_path):
     assert third["iterations"] == second["iterations"]
 
 
+def test_a_run_that_a_callback_has_ended_stays_finished(tmp_path):
+    """Killed between its last iteration and the test, too."""
+    early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=1"]
+    first = train(config(*early), tmp_path)
+    assert [record.get("stopped") for record in first["iterations"]] == [None, "callback"]
+    assert train(config(*early), tmp_path)["iterations"] == first["iterations"]
+    (tmp_path / "summary.json").write_text(json.dumps(read_summary(tmp_path) | {"status": "running", "test": None}))
+    again = train(config(*early), tmp_path)
+    assert (again["status"], again["iterations"]) == ("finished", first["iterations"])
+
+
 def test_a_bad_budget_is_refused(tmp_path):
     with pytest.raises(UserError, match="token_budget"):
         train(config("token_budget=0"), tmp_path)

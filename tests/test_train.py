@@ -44,7 +44,7 @@ def learned(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], list]:
     summary = json.loads((folder / "summary.json").read_text())
     scores = [
         [
-            {k: v for k, v in record[part].items() if k != "seconds" and not (part == "m_step" and k == "nll")}
+            {k: v for k, v in record[part].items() if k not in ("seconds", "entropy") and not (part == "m_step" and k == "nll")}
             for part in ("e_step", "m_step", "validation")
         ]
         for record in summary["iterations"]

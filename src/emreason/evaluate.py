@@ -22,7 +22,7 @@ from emreason.questions.answers import correct, extract, gold_text, stop_at_answ
 from emreason.questions.grammar.thinking import said
 from emreason.runs import help
 from emreason.runs.console import report_errors
-from emreason.runs.experiment import CONF, Experiment, build, load_libraries, read_config
+from emreason.runs.experiment import CONF, Experiment, build, compose, load_libraries, read_config
 from emreason.runs.journal import write_json
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Request, UserError, plain
@@ -188,6 +188,14 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             cfg.model.load = {"_target_": "emreason.models.loading.load_pretrained", "path": str(folder / "model")}
     return cfg
+
+
+def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """`emreason.evaluation`: what the command `emreason-eval` does with these overrides, from Python; returns the scores."""
+    cfg, folder = compose(overrides, "evaluate", config_dir)
+    if cfg.run is not None:
+        cfg, folder = with_run(cfg, overrides), Path(cfg.run)
+    return evaluate(cfg, folder)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

@@ -1,4 +1,5 @@
-"""`emreason [overrides]`: one EM run, or with `-m` a sweep of them. `train(cfg, folder)` is the same as a function."""
+"""`emreason [overrides]`: one EM run, or with `-m` a sweep of them. `train(cfg, folder)` is the same as a function, and
+`emreason.run(*overrides)` from Python."""
 
 from __future__ import annotations
 
@@ -6,14 +7,16 @@ import contextlib
 import functools
 import re
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from emreason.models.memory import out_of_memory_told, release_memory
@@ -21,8 +24,8 @@ from emreason.progress import console, doing, rank
 from emreason.reports.sweep import run_job
 from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
-from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, identity, read
-from emreason.runs.journal import Journal, locked, write_atomic
+from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, compose, identity, read
+from emreason.runs.journal import Journal, locked, write_atomic, write_json
 from emreason.runs.summary import Summary, best_iteration, read_summary, tokens_drawn
 from emreason.types import UserError
 
@@ -51,10 +54,34 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if done := None if settings.overwrite else _done(settings, folder):
             if first:
                 console().print(f"Finished already: {folder}", highlight=False)
-            return done
+            return _pushed(settings, folder, done)
         if first:
             write_atomic(folder / "config.yaml", settings.text)
-        return _train(settings, folder)
+        return _pushed(settings, folder, _train(settings, folder))
+
+
+def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
+    """`emreason.run`: what the command `emreason` does with these overrides, from Python; returns the run's summary.
+
+    Args:
+        config_dir: a folder with configs of one's own, as `--config-dir`.
+
+    Raises:
+        UserError, HydraException: as `train`; or it is something that the command alone does.
+    """
+    from emreason.runs.plan import TRAIN
+
+    cfg, folder = compose(overrides, config_dir=config_dir)
+    if cfg.task != TRAIN or cfg.plan:
+        raise UserError(f"emreason.run is an EM run; {'plan=true' if cfg.plan else f'the task {cfg.task}'} is for the command `emreason`.")
+    write_atomic(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))  # as the command does
+    try:
+        return train(cfg, folder)
+    except SystemExit as end:  # what Lightning makes of Ctrl-C: right for a command, not for a notebook
+        raise KeyboardInterrupt from end
+    finally:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has turned off
 
 
 def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
@@ -68,6 +95,18 @@ def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
         check_same_config(folder, settings.text)
     finished = before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(settings, before["iterations"])
     return before if finished else None
+
+
+def _pushed(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run, whose model is on the Hub if that is wanted."""
+    if settings.push is None or rank() > 0 or (summary.get("pushed") or {}).get("to") == settings.push:
+        return summary
+    from emreason.tracking.leaving import push
+
+    with doing(f"Uploading {folder / 'model'} to {settings.push}"):
+        summary = summary | {"pushed": {"to": settings.push, "commit": push(folder / "model", settings.push, settings.private)}}
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def _train(settings: Settings, folder: Path) -> dict[str, Any]:
@@ -107,8 +146,10 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     from emreason.em.e_step import EStep
     from emreason.em.module import EMModule
     from emreason.models.loading import export
+    from emreason.reports.pages.card import write_card
     from emreason.tracking.dashboard import Iterations, wandb_runs
     from emreason.tracking.divergence import Divergence
+    from emreason.tracking.leaving import write_chats
     from emreason.tracking.m_step_bar import MStepBar
     from emreason.tracking.recorder import Checkpoints, Recorder, write_predictions
     from emreason.tracking.samples import Samples
@@ -128,6 +169,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
         keep_below=done,
         max_epochs=_max_epochs(settings, summary.values["iterations"][:done]),
         callbacks=[
+            *settings.callbacks,
             EStep(settings.scheme, questions("train"), Journal(folder), settings.seed, "faithfulness" in asked.diagnostics),
             *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
             Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
@@ -142,8 +184,10 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         with doing(f"Writing {folder / 'model'}", at_once=False):
-            export(module.model, module.tokenizer, folder / "model")
+            export(module.model, module.tokenizer, folder / "model", settings.merge)
         summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
+        write_card(folder)
+        write_chats(folder, len(summary.values["iterations"]), questions("train"), experiment.prompts)
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
@@ -158,9 +202,8 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     from emreason.em.ranks import Ranks
     from emreason.tracking.recorder import JsonlLogger
 
-    logger = settings.logger(folder)
     several = {"strategy": Ranks()} if settings.several_ranks else {}
-    loggers = [JsonlLogger(folder, keep_below=keep_below), *([logger] if logger else [])]
+    loggers = [JsonlLogger(folder, keep_below=keep_below), *settings.loggers(folder)]
     make = functools.partial(
         settings.trainer,
         max_epochs=max_epochs,
@@ -187,17 +230,20 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
 
 
 def _max_epochs(settings: Settings, done: list[dict[str, Any]]) -> int:
-    """EM iterations in all; no more than are done where these have used up the token budget."""
+    """EM iterations in all; no more than are done where these have used up the token budget, or a callback has ended the run."""
     spent = settings.token_budget is not None and tokens_drawn(done) >= settings.token_budget
-    return min(len(done), settings.max_epochs) if spent else settings.max_epochs
+    ended = spent or bool(done and done[-1].get("stopped") == "callback")
+    return min(len(done), settings.max_epochs) if ended else settings.max_epochs
 
 
 def _clear(folder: Path) -> None:
     from emreason.tracking.dashboard import RUN_ID
+    from emreason.tracking.leaving import CHATS
+    from emreason.tracking.trackers import MLFLOW_ID
 
     for name in ("rationales", "predictions", "checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "config.yaml", RUN_ID):
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", CHATS, RUN_ID, MLFLOW_ID):
         (folder / name).unlink(missing_ok=True)
 
 

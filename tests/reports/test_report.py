@@ -8,9 +8,12 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -18,11 +21,12 @@ from emreason.report import main
 from emreason.reports.comparison import compare
 from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import palette
-from emreason.reports.page import IN_ALL, PER_GROUP, sample_rationales
+from emreason.reports.pages.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import collect, differing_keys
 from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, runs_table, thousands
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
+from emreason.tracking.workspace import SECTIONS
 from emreason.types import UserError
 
 PROPOSALS = {"rs": ["question"] * 4, "star": ["question", "rationalization"], "pps": ["rationalization"]}
@@ -119,6 +123,13 @@ def write_run(
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_the_panels(request, monkeypatch):
+    """The figure of everything takes a second; two tests look at it."""
+    if request.function not in (test_everything_that_is_logged_is_drawn, test_the_command_writes_tables_figures_and_page):
+        monkeypatch.setattr("emreason.reports.writing.draw_panels", lambda *_: [])
+
+
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
     """Three schemes × three seeds, all finished."""
@@ -147,7 +158,8 @@ def test_the_command_writes_tables_figures_and_page(grid, capsys):
         "acceptance_by_difficulty",
     ]
     assert names == {"table.md", "table.csv", "table.tex", "pairs.csv", "runs.csv", "report.html"} | {
-        f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")
+        *(f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")),
+        "figures/everything_1.png",
     }
     assert str(out / "report.html") in capsys.readouterr().out
 
@@ -486,6 +498,61 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
 def test_a_folder_is_read_once(tmp_path):
     a = write_run(tmp_path / "a", iterations=1)
     assert len(collect([a, tmp_path, a / "summary.json"])) == 1
+
+
+def test_everything_that_is_logged_is_drawn(tmp_path, monkeypatch):
+    """The panels of the W&B workspace that the runs have numbers for, beginning with the base model; a line per run."""
+    from matplotlib.figure import Figure
+
+    for seed in (1, 2):
+        write_run(tmp_path / f"rs-{seed}", "rs", seed, iterations=3)
+    write_run(tmp_path / "pps", "pps", iterations=2, status="running")
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: (drawn.update({Path(file).name: self}), Path(file).write_bytes(b"x")))
+    runs = collect([tmp_path])
+    write_report(runs, tmp_path / "r")
+    panels = {ax.get_title(): ax for ax in drawn["everything_1.png"].axes}
+    charts = {chart.title: chart for charts in SECTIONS.values() for chart in charts}
+    assert panels.keys() <= charts.keys()
+    assert {"Validation accuracy, from the base model on", "Acceptance against chance", "Seconds"} <= panels.keys()
+    for title, x in [("Validation accuracy, from the base model on", [0, 1, 2, 3]), ("Acceptance against chance", [0, 1, 2])]:
+        (line, *_) = [line for line in panels[title].lines if len(line.get_xdata()) == len(x)]
+        assert list(line.get_xdata()) == x
+    first = panels["Validation accuracy, from the base model on"].lines
+    assert sorted(len(line.get_xdata()) for line in first) == [0, 3, 4, 4]  # the legend's, the unfinished run's, and two
+    assert all(line.get_ydata()[0] == 0.01 for line in first if len(line.get_xdata()))
+    tokens = next(line for line in panels["Validation accuracy at equal generated tokens"].lines if len(line.get_xdata()) == 4)
+    run = next(run for run in runs if run.sampler == "rs")
+    assert list(tokens.get_xdata()) == [0, *np.cumsum([i.tokens for i in run.iterations])]
+
+
+def test_a_report_that_watches_is_written_again_when_a_run_has_changed(tmp_path, monkeypatch, capsys):
+    """And the page asks to be read again; until Ctrl-C, after which it does not."""
+    looks: list[str] = []
+    page = tmp_path / "out/report/report.html"
+
+    def sleep(_: float) -> None:
+        looks.append(page.read_text() if page.exists() else "")
+        if len(looks) == 1:  # the first run appears
+            write_run(tmp_path / "out" / "a", "rs", iterations=1, status="running")
+        if len(looks) == 3:
+            write_run(tmp_path / "out" / "b", "star", iterations=2)
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("emreason.report.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # not that of other threads
+    written = []
+    monkeypatch.setattr("emreason.reports.writing.draw_all", lambda *_: [])
+    monkeypatch.setattr("emreason.reports.writing.write_report", lambda *a, **k: written.append(k) or write_report(*a, **k))
+    main([str(tmp_path / "out"), "--watch"])
+    assert [bool(look) for look in looks] == [False, True, True, True]
+    assert looks[1] == looks[2] != looks[3]  # nothing had changed, and then something had
+    assert '<meta http-equiv="refresh" content="20.0">' in looks[1]
+    assert written == [{"refresh": 20.0}] * 2 + [{}]
+    assert "refresh" not in page.read_text()
+    assert "STaR" in page.read_text()
+    assert "1 runs, 0 finished" in capsys.readouterr().out
 
 
 def test_numbers_for_people():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -105,7 +106,11 @@ def moments(folder: Path, rng: random.Random, seconds: float) -> tuple[str, Mome
         "export": ["model.partial*", "model.partial/*"],
     }.get(part, [])
     before = size(*files, folder=folder)
-    more = {"e-step": rng.randint(1, 30_000), "m-step": rng.randint(1, 2500), "export": rng.randint(1, 400_000)}.get(part, 1)
+    more = {
+        "e-step": rng.randint(1, 30_000),
+        "m-step": rng.randint(1, 2500) + (0 if before else BASELINE),
+        "export": rng.randint(1, 400_000),
+    }.get(part, 1)
     late = rng.uniform(0, 0.2) if part == "evaluation" else rng.uniform(0, 0.003) if part == "checkpoint" else 0.0
     seen: list[float] = []
 
@@ -122,7 +127,8 @@ def moments(folder: Path, rng: random.Random, seconds: float) -> tuple[str, Mome
 def metrics(folder: Path) -> list[dict]:
     """What was logged, step by step, without clock times; rounded, because the last digits depend on what was decoded together."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [{k: round(v, 3) for k, v in line.items() if k != "time" and "seconds" not in k and v is not None} for line in lines]
+    clock = re.compile(r"^time$|second|memory_bytes")
+    return [{k: round(v, 3) for k, v in line.items() if not clock.search(k) and v is not None} for line in lines]
 
 
 def run(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
@@ -161,6 +167,7 @@ def run(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
     return {"kills": hit.total(), "survived": hit.total(), "parts": dict(hit), "runs": runs, "attempts_paid_twice": twice}
 
 
+BASELINE = 1000  # bytes of the first line of metrics.jsonl, at most
 SLURM = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 SCONTROL = '#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n'
 
@@ -186,7 +193,8 @@ def stop(folder: Path) -> list[dict]:
         if number == signal.SIGUSR1:  # the warning of a time limit, in a job of SLURM's
             os.environ.update(SLURM, PATH=f"{folder}:{os.environ['PATH']}")
         child = start("emreason", [*arguments, f"hydra.run.dir={name}"], log)
-        sent, code = stop_when(child, lambda name=name, part=part: size(*parts[part], folder=name) > 1, number)
+        begun = BASELINE if part == "m-step" else 1
+        sent, code = stop_when(child, lambda name=name, part=part, begun=begun: size(*parts[part], folder=name) > begun, number)
         for key in SLURM:
             os.environ.pop(key, None)
         status = json.loads((name / "summary.json").read_text())["status"]

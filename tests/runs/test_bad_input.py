@@ -236,7 +236,7 @@ CASES: dict[str, Case] = {
     "LoRA of rank 0": smoke("peft=lora", "peft.add.r=0", words=["peft.add.r=0", "at least 1"]),
     "LoRA on layers that are not there": smoke("peft=lora", "peft.add.target_modules=[nope]", words=["peft", "nope"]),
     "secret on the command line": smoke("+logger.api_key=abc", words=["logger.api_key", "environment"]),
-    "W&B online without a key": smoke("logger=wandb", "logger.offline=false", words=["logger.offline=false", "WANDB_API_KEY"]),
+    "W&B online without a key": smoke("logger=wandb", "logger.wandb.offline=false", words=["logger.wandb.offline=false", "WANDB_API_KEY"]),
     # --- a data set of one's own
     "file that is not named": ("emreason", FILE_ARGS, nothing, ["dataset.load.train=FILE"]),
     "file that is not there": ("emreason", data("absent.jsonl"), nothing, ["absent.jsonl", "there is no file"]),

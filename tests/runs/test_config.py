@@ -50,7 +50,7 @@ def test_every_option_composes_and_resolves(group, option):
 
 MAY_CHANGE = {
     "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "data_root",
-    "engine.max_batch", "quiet", "plan",
+    "engine.max_batch", "quiet", "plan", "hub", "peft.merge",
 }  # fmt: skip
 """What alters neither what is sampled nor what is learned nor how it is scored."""
 
@@ -61,6 +61,9 @@ def test_a_resumed_run_may_change_nothing_else(tmp_path, monkeypatch):
     begun = OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False)
     (tmp_path / "config.yaml").write_text(begun)
     check_same_config(tmp_path, begun)
+    older = OmegaConf.create(begun)
+    del older.callbacks  # of a version that had no such group
+    check_same_config(tmp_path, OmegaConf.to_yaml(older))
     leaves = flatten(OmegaConf.to_container(OmegaConf.create(begun)))
     assert len(leaves) > 60
     monkeypatch.setattr(experiment, "read_config", lambda _: OmegaConf.create(begun))  # once is enough
@@ -240,16 +243,34 @@ def test_a_logger_outside_hydra_writes_into_the_run_folder(option, tmp_path, mon
         cfg = compose("train", overrides=[f"logger={option}"])  # as in a notebook: no HydraConfig
     HydraConfig.instance().cfg = None
     started = []
-    if option == "tensorboard":  # not installed here
-        monkeypatch.setattr("emreason.runs.keys.EXTRAS", {})
-        monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
     monkeypatch.setattr("emreason.tracking.dashboard._start", lambda folder, *_, **__: started.append(folder))
+    lacking = {"tensorboard": "tensorboard", "trackio": "trackio", "mlflow": "mlflow"}.get(option)
+    if lacking is not None:
+        pytest.importorskip(lacking, reason=f"needs pip install 'emreason[{lacking}]'")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    if option == "mlflow":
+        cfg.logger.mlflow.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "config.yaml").write_text(read(cfg).text)
-    logger = read(cfg).logger(tmp_path)
-    assert (logger is None) == (option == "none")
+    loggers = read(cfg).loggers(tmp_path)
+    assert len(loggers) == (option != "none")
     assert started == ([tmp_path] if option == "wandb" else [])
-    assert option in ("none", "wandb") or Path(logger.save_dir) == tmp_path
+    if option in ("csv", "tensorboard"):
+        assert Path(loggers[0].save_dir) == tmp_path
+    if option == "mlflow":
+        return  # its address is in the config
     assert str(tmp_path) not in (tmp_path / "config.yaml").read_text()  # a run folder may be moved
+
+
+def test_several_loggers_and_callbacks_at_once(tmp_path):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("train", overrides=["logger=[csv,wandb]", "callbacks=[early_stopping,none]", "logger.wandb.project=mine"])
+    assert list(cfg.logger) == ["csv", "wandb"]
+    cfg.logger.wandb = {"_target_": "lightning.pytorch.loggers.CSVLogger", "_partial_": True, "name": "another"}
+    settings = read(cfg)
+    assert [(type(each).__name__, each.name) for each in settings.loggers(tmp_path)] == [("CSVLogger", "csv"), ("CSVLogger", "another")]
+    assert [type(each) for each in settings.callbacks] == [lightning.pytorch.callbacks.EarlyStopping]
+    cfg.logger = cfg.logger.csv  # as somebody's own YAML may have it
+    assert [each.name for each in read(cfg).loggers(tmp_path)] == ["csv"]
 
 
 def test_the_evaluation_config_composes():

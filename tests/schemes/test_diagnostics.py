@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from conftest import numbers
+from test_samplers import scheme
 from test_weights import attempt
 
-from emreason.schemes.diagnostics import answers_first, describe, mentions_hint, reasoning
+from emreason.schemes.diagnostics import answers_first, describe, e_step_record, mentions_hint, reasoning
 
 
 @pytest.mark.parametrize(
@@ -44,3 +48,16 @@ def test_the_shares():
     shares = describe([attempt(i, text=t) for i, t in enumerate(texts)])
     assert shares == {"trivial_rate": 0.25, "answer_first_rate": 0.0, "hint_mention_rate": 0.0, "distinct_rate": 0.75}
     assert set(describe([]).values()) == {None}
+
+
+def test_all_draws_are_described_and_not_only_the_accepted():
+    """Three questions, of whose draws some, all and none are right, and one that does not fit."""
+    plan = [("q000", False, 10), ("q000", True, 20), ("q001", True, 30), ("q002", False, 40), ("q002", False, 100)]
+    drawn = [replace(attempt(i), question_id=q, accepted=a, n_tokens=n, logprob=-0.5 * n) for i, (q, a, n) in enumerate(plan)]
+    drawn.append(replace(attempt(9), question_id="q003", accepted=False, n_tokens=0, logprob=0.0, finish_reason="error"))
+    record = e_step_record(0, numbers(4), drawn, scheme("rs"), 1.0)
+    assert (record["none_right"], record["some_right"], record["all_right"]) == (2, 1, 1)
+    assert record["none_right"] == record["rejected"] + record["errored"]
+    assert (record["draw_tokens_p10"], record["draw_tokens_mean"], record["draw_tokens_p90"]) == (14, 40, 76)
+    assert record["entropy"] == 0.5
+    assert e_step_record(0, numbers(1), [], scheme("rs"), 1.0)["entropy"] is None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +18,10 @@ from omegaconf import open_dict
 from test_config import compose_config
 from wandb_files import read_run
 
-from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, run_id
-from emreason.tracking.workspace import SECTIONS, main
+from emreason.reports.comparison import compare
+from emreason.reports.reading import collect
+from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, run_id
+from emreason.tracking.workspace import NAME, SECTIONS, main
 from emreason.train import train
 from emreason.types import UserError
 
@@ -80,13 +85,26 @@ def test_iterations_and_optimizer_steps_have_axes_of_their_own(sweep):
     folder, _ = sweep
     run = read_run(run_files(folder / "outputs/mine/0")[0])
     assert run["axes"] == {
-        **{f"{part}/*": "iteration" for part in ("e_step", "m_step", "validation", "test")},
+        **{f"{part}/*": "iteration" for part in ("e_step", "m_step", "memory_bytes", "tokens_per_second")},
+        **{f"{part}/*": "iterations_done" for part in ("validation", "test")},
+        "e_step/tokens_total": "iterations_done",
         "rationales": "iteration",
+        "questions": "iteration",
         "optimizer/*": "optimizer_step",
     }
     summary = json.loads((folder / "outputs/mine/0/summary.json").read_text())
+    first = run["rows"][0]  # the base model
+    baseline = summary["baseline"]
+    assert (first["iterations_done"], first["e_step/tokens_total"], "iteration" in first) == (0, 0, False)
+    assert first["validation/accuracy"] == baseline["validation"]["accuracy"]
+    assert first["test/forced_accuracy"] == baseline["zero_shot"]["forced_accuracy"]
     rows = [row for row in run["rows"] if "e_step/tokens" in row]
-    assert [row["iteration"] for row in rows] == [0, 1]
+    assert [(row["iteration"], row["iterations_done"]) for row in rows] == [(0, 1), (1, 2)]
+    tokens = [record["e_step"]["tokens"] for record in summary["iterations"]]
+    assert [row["e_step/tokens_total"] for row in rows] == [tokens[0], sum(tokens)]
+    assert all(row["memory_bytes/m_step"] > 1e8 < row["memory_bytes/e_step"] for row in rows)
+    for row, record in zip(rows, summary["iterations"], strict=True):
+        assert row["tokens_per_second/e_step"] == pytest.approx(record["e_step"]["tokens"] / record["e_step"]["seconds"])
     for row, record in zip(rows, summary["iterations"], strict=True):
         for part in ("e_step", "m_step", "validation"):
             for key in ("acceptance_rate", "tokens", "nll", "accuracy"):
@@ -98,7 +116,7 @@ def test_iterations_and_optimizer_steps_have_axes_of_their_own(sweep):
     assert steps == list(range(sum(record["m_step"]["steps"] for record in summary["iterations"])))
     assert [row["_step"] for row in run["rows"]] == list(range(len(run["rows"])))  # no row was merged into another or dropped
     test = [row for row in run["rows"] if "test/accuracy" in row]
-    assert [(row["iteration"], row["test/n"]) for row in test] == [(summary["best_iteration"], 18)]
+    assert [(row["iterations_done"], row["test/n"]) for row in test] == [(0, 18), (summary["best_iteration"] + 1, 18)]
     assert run["summary"]["baseline/zero_shot/accuracy"] == summary["baseline"]["zero_shot"]["accuracy"]
 
 
@@ -117,6 +135,24 @@ def test_the_rationale_tables_hold_the_journals_rows(sweep):
         first = dict(zip(COLUMNS, table["data"][0], strict=True))
         expected = {**journal[0], "scheme": "RS-8", "tokens": journal[0]["n_tokens"]}
         assert first == {column: expected[column] for column in COLUMNS}
+
+
+@pytest.mark.slow
+def test_the_same_questions_are_shown_after_every_iteration(sweep):
+    folder, _ = sweep
+    job = folder / "outputs/mine/0"
+    tables = [row for row in read_run(run_files(job)[0])["rows"] if "questions/path" in row]
+    for iteration, row in enumerate(tables):
+        table = json.loads(next(job.glob(f"wandb/offline-run-*/files/{row['questions/path']}")).read_text())
+        assert table["columns"] == ["question", "gold", "base", *(f"iteration {i}" for i in range(iteration + 1))]
+        assert len(table["data"]) == 12
+        names = ["baseline_zero_shot_validation", *(f"validation_iteration={i:03d}" for i in range(iteration + 1))]
+        for column, name in enumerate(names, 2):
+            given = {p["question"]: p for p in map(json.loads, (job / f"predictions/{name}.jsonl").open())}
+            for shown in table["data"]:
+                prediction = given[shown[0]]
+                assert shown[column] == f"{'✓' if prediction['correct'] else '✗'} {prediction['text']}"
+    assert len(tables) == 2
 
 
 @pytest.mark.slow
@@ -139,10 +175,59 @@ def test_asking_for_a_server_without_a_key_is_one_sentence(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_the_dashboard_shows_what_is_logged(sweep):
     folder, _ = sweep
-    logged = {key for row in read_run(run_files(folder / "outputs/mine/0")[0])["rows"] for key in row}
+    logged = {key for row in read_run(run_files(folder / "outputs/mine/0")[0])["rows"] for key in row if not key.startswith("_")}
+    logged -= {key for key in logged if key.split("/")[0] in ("rationales", "questions")}  # tables, which have panels of their own
     shown = {metric for charts in SECTIONS.values() for chart in charts for metric in (*chart.metrics, chart.axis)}
-    # chance needs choices, which sums have not; the marginal is not measured in every run
-    assert shown - logged == {"e_step/chance_acceptance", "validation/log_marginal"}
+    assert logged - shown == set()
+    assert {key for key in shown - logged if not re.fullmatch(r"(validation|test)/accuracy_by_position/[A-E]", key)} == {
+        "e_step/chance_acceptance",  # needs choices, which sums have not
+        *("e_step/effective_sample_size", "e_step/log_marginal_iw"),  # of schemes that weigh by importance
+        *("e_step/faithful_rate", "e_step/logprob_gap"),  # measured on request; of vLLM
+        *(f"validation/{key}" for key in ("kl_per_token", "kl_per_token_se", "log_marginal", "log_marginal_se")),
+        *(f"validation/{key}" for key in ("log_marginal_mc_se", "log_marginal_answered")),
+    }
+
+
+@pytest.mark.slow
+def test_the_comparison_of_a_sweep_is_a_run_with_tables(sweep):
+    folder, (first, _) = sweep
+    assert "was not sent" not in first.stderr
+    files = run_files(folder / "outputs/mine")
+    runs = [read_run(file) for file in files]
+    assert [(run["job_type"], run["group"], run["exit_code"]) for run in runs] == [("comparison", "mine", 0)] * 2
+    assert len({run["id"] for run in runs}) == 1  # a sweep that is done again continues it
+    (row,) = [row for row in runs[0]["rows"] if "schemes/path" in row]
+    table = json.loads(next((folder / "outputs/mine").glob(f"wandb/offline-run-*/files/{row['schemes/path']}")).read_text())
+    cells = compare(collect([folder / "outputs/mine"])).cells
+    assert [dict(zip(table["columns"], line, strict=True)) for line in table["data"]] == [asdict(cell) for cell in cells]
+    assert {"accuracy", "low", "high", "p_vs_best"} <= set(table["columns"])
+
+
+@pytest.mark.parametrize(
+    ("known", "fails", "says"),
+    [
+        (1, None, "W&B view: there"),
+        (7, None, ""),
+        (1, ImportError(), "emreason[dashboard]"),
+        (1, ValueError("no\nrights"), "not made (no rights)"),
+    ],
+)
+def test_the_view_is_made_with_the_first_run_and_never_costs_one(known, fails, says, monkeypatch, capfd):
+    made = []
+
+    def workspace(*asked):
+        if fails:
+            raise fails
+        made.append(asked)
+        return SimpleNamespace(save=lambda: SimpleNamespace(url="there"))
+
+    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(runs=lambda path: {"me/emreason": [None] * known}[path]))
+    monkeypatch.setattr("emreason.tracking.workspace.workspace", workspace)
+    lay_out(SimpleNamespace(entity="me", project="emreason"))
+    told = capfd.readouterr().err
+    assert says in told
+    assert told or not says
+    assert made == ([("me", "emreason", NAME)] if says == "W&B view: there" else [])
 
 
 def test_the_dashboards_specification_has_every_chart(tmp_path):
@@ -154,7 +239,7 @@ def test_the_dashboards_specification_has_every_chart(tmp_path):
     assert panels.keys() == {(name, chart.title) for name, charts in SECTIONS.items() for chart in charts}
     chart = panels["E-step", "Acceptance against chance"]
     assert (chart["xAxis"], chart["metrics"]) == ("iteration", ["e_step/acceptance_rate", "e_step/chance_acceptance"])
-    assert "rationales" in json.dumps(next(s for s in sections if s["name"] == "Rationales"))
+    assert "rationales" in json.dumps(next(s for s in sections if s["name"] == "Tables"))
     assert {"section": "config", "name": "sampler.value.display"} in view["spec"]["section"]["runSets"][0]["grouping"]
 
 
@@ -180,10 +265,12 @@ def test_finishing_without_a_run_is_harmless():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
-def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger):
-    if logger == "tensorboard":
-        pytest.importorskip("tensorboard", reason="needs pip install 'emreason[tensorboard]'")
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "trackio", "mlflow"])
+def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"needs pip install 'emreason[{logger}]'")
     cfg = compose_config(*SMOKE, f"logger={logger}")
     cfg.hydra.runtime.output_dir = str(tmp_path / "run")
     HydraConfig.instance().set_config(cfg)
@@ -192,13 +279,28 @@ def test_the_other_loggers_write_beside_metrics_jsonl(tmp_path, logger):
     train(cfg, tmp_path / "run")
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     expected = [m["validation/accuracy"] for m in metrics if "validation/accuracy" in m]
-    assert len(expected) == 2
+    assert len(expected) == 3  # the base model's, and one an iteration
+    assert metrics[0]["iteration"] == -1
     if logger == "csv":
         import pandas as pd
 
         table = pd.read_csv(tmp_path / "run/csv/version_0/metrics.csv")
         assert table["validation/accuracy"].dropna().tolist() == pytest.approx(expected)
         assert table["e_step/acceptance_rate"].notna().sum() == 2
+    elif logger == "trackio":
+        from trackio.sqlite_storage import SQLiteStorage
+
+        (name,) = SQLiteStorage.get_runs("emreason")
+        assert name.endswith("/run")
+        rows = SQLiteStorage.get_logs("emreason", name)
+        assert [row["validation/accuracy"] for row in rows if "validation/accuracy" in row] == expected
+    elif logger == "mlflow":
+        from mlflow import MlflowClient
+
+        client, known = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), (tmp_path / "run/mlflow_id").read_text()
+        logged = client.get_metric_history(known, "validation/accuracy")
+        assert [each.value for each in sorted(logged, key=lambda each: each.step)] == pytest.approx(expected)
+        assert client.get_run(known).data.params["sampler.display"] == "RS-8"
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

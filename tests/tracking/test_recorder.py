@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from test_samplers import scheme
 from emreason.em.e_step import EStep
 from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal, read_lines
-from emreason.runs.summary import Summary, read_summary
+from emreason.runs.summary import Summary, peak_memory_bytes, phase_memory_bytes, read_summary, scalars
 from emreason.tracking.recorder import JsonlLogger, Recorder
 from emreason.types import Demonstration
 
@@ -100,3 +101,27 @@ def test_metrics_of_an_iteration_that_is_done_again_go(tmp_path):
     again.log_metrics({"m_step/nll": 2.0, "iteration": 2.0}, step=2)
     again.finalize("success")
     assert [(line["iteration"], line["m_step/nll"]) for line in read_lines(again.path)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_phase_has_a_peak_of_its_own_and_the_run_keeps_the_highest():
+    phase_memory_bytes()
+    with mmap.mmap(-1, 2**28) as held:  # freed for good, which `free` need not do
+        held.write(b"x" * 2**28)
+    high = phase_memory_bytes()
+    low = phase_memory_bytes()
+    assert high - low > 200e6
+    assert peak_memory_bytes() >= high
+
+
+def test_numbers_have_the_names_that_loggers_get():
+    record = {
+        "iteration": 1,
+        "stopped": "callback",
+        "validation": {"accuracy": 0.5, "ci95": [0.4, 0.6], "accuracy_by_position": {"A": {"n": 2, "accuracy": 1.0}}},
+    }
+    record["e_step"] = {"tokens": 12, "accepted": 3, "chance_acceptance": None}
+    assert scalars(record | {"m_step": None}) == {
+        "validation/accuracy": 0.5, "validation/ci95/low": 0.4, "validation/ci95/high": 0.6, "validation/accuracy_by_position/A": 1.0,
+        "e_step/tokens": 12, "e_step/accepted": 3, "e_step/tokens_per_accepted": 4.0,
+    }  # fmt: skip
+    assert "tokens_per_accepted" not in record["e_step"]  # the record is left as it is

@@ -260,10 +260,16 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model (or its adapter) and tokenizer so that `AutoModelForCausalLM` / `PeftModel` loads the folder as is."""
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
+    """Write the model (or its adapter) and tokenizer so that `AutoModelForCausalLM` / `PeftModel` loads the folder as is.
+
+    Args:
+        merge: put the adapter into the weights, for good, and write these.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    if merge:
+        model = model.merge_and_unload()  # type: ignore[operator]
     drop_quantization(base_causal_lm(model))
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)

@@ -95,6 +95,19 @@ class Prompts:
         ids = self._encode_around(turns, tail, marks, bos) if marks else list(self.tokenizer.encode(text, add_special_tokens=bos))
         return tuple(ids[:-1] if bos and ids[-1] == self.tokenizer.eos_token_id else ids)
 
+    def messages(self, question: Question) -> list[dict[str, str]]:
+        """The plain prompt as chat messages, `{role, content}`: with a system message where the model's template takes one."""
+        turns = self._turns(question, "question", 0)
+        if turns[0][0] == "system":
+            system, first, rest = turns[0][1], turns[1][1], turns[2:]
+            try:
+                taken = self._has_chat_template and system in chat(self.tokenizer, [("system", system), ("user", first)], {}, merge=False)
+            except UNRENDERED:
+                taken = False
+            if not taken:
+                turns = [("user", f"{system}\n{first}".lstrip("\n")), *rest]
+        return [{"role": role, "content": content} for role, content in turns]
+
     @cached_property
     def answer_cue_ids(self) -> tuple[int, ...]:
         """Ids of `"\\nAnswer:"`: appended to a completion (without its EOS) they force an answer line."""
@@ -206,11 +219,11 @@ def control_marks(tokenizer: Any) -> list[str]:
     return [str(t) for t in added if len(str(t)) > 1 and (t.special or re.fullmatch(r"<\S+>|\[\S+\]", str(t)))]
 
 
-def chat(tokenizer: Any, turns: Sequence[tuple[str, str]], keys: Mapping[str, Any], reply: bool = True) -> str:
+def chat(tokenizer: Any, turns: Sequence[tuple[str, str]], keys: Mapping[str, Any], reply: bool = True, merge: bool = True) -> str:
     """The turns under the tokenizer's chat template; `reply`: it ends where the model begins to speak.
 
-    A system message goes to the head of the first question where the template knows no such role, and content becomes a list of parts where
-    it wants one.
+    A system message goes to the head of the first question where the template knows no such role (unless `merge` is False), and content
+    becomes a list of parts where it wants one.
 
     Raises:
         One of UNRENDERED: the template cannot be rendered in any of these forms.
@@ -223,7 +236,7 @@ def chat(tokenizer: Any, turns: Sequence[tuple[str, str]], keys: Mapping[str, An
         return str(tokenizer.apply_chat_template(messages, **options))
 
     forms = [turns]
-    if turns[0][0] == "system":
+    if merge and turns[0][0] == "system":
         forms.append([("user", f"{turns[0][1]}\n{turns[1][1]}".lstrip("\n")), *turns[2:]])
     failure: Exception | None = None
     text = None

@@ -59,6 +59,7 @@ class Drawn:
     name: str
     caption: str
     files: tuple[Path, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Plot:
     chance: Callable[[Run], list[float | None]] | None = None
 
 
-def _cumulative(amounts: Sequence[float]) -> list[float]:
+def cumulative(amounts: Sequence[float]) -> list[float]:
     return [0.0, *np.cumsum(amounts).tolist()]
 
 
@@ -96,7 +97,7 @@ def _accuracy(run: Run) -> list[float | None]:
     return [score.accuracy if score else None for score in [run.start, *(i.validation for i in run.iterations)]]
 
 
-def _numbers(run: Run) -> list[float]:
+def numbers(run: Run) -> list[float]:
     return [float(i.index) for i in run.iterations]
 
 
@@ -115,7 +116,7 @@ PLOTS = [
         "accuracy_per_token",
         "tokens generated in E-steps (cumulative)",
         "validation accuracy (%)",
-        lambda run: _cumulative([i.tokens for i in run.iterations]),
+        lambda run: cumulative([i.tokens for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal generation cost; the tokens of rejected attempts are charged. {BOTH}",
         few_shot=True,
@@ -124,7 +125,7 @@ PLOTS = [
         "accuracy_per_second",
         "E-step and M-step time (s, cumulative)",
         "validation accuracy (%)",
-        lambda run: _cumulative([i.seconds for i in run.iterations]),
+        lambda run: cumulative([i.seconds for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal training time; evaluation is not charged. {BOTH}",
         few_shot=True,
@@ -133,7 +134,7 @@ PLOTS = [
         "acceptance",
         "EM iteration",
         "questions accepted (%)",
-        _numbers,
+        numbers,
         lambda run: [i.acceptance for i in run.iterations],
         "Questions with an accepted rationale.",
         chance=lambda run: [i.chance for i in run.iterations],
@@ -142,7 +143,7 @@ PLOTS = [
         "rationale_length",
         "EM iteration",
         "mean rationale length (tokens)",
-        _numbers,
+        numbers,
         lambda run: [i.rationale_tokens for i in run.iterations],
         "Mean length of the E-step's rationales. The axis does not start at zero.",
         share=False,
@@ -176,7 +177,7 @@ def _few_shot(runs: Sequence[Run]) -> float | None:
     return sum(scores.values()) / len(scores) if scores else None
 
 
-def _curves(
+def curves_of(
     runs: Sequence[Run], x: Callable[[Run], list[float]], y: Callable[[Run], list[float | None]], counted: set[Path]
 ) -> dict[str, list[Curve]]:
     curves: dict[str, list[Curve]] = {}
@@ -188,7 +189,7 @@ def _curves(
 
 
 def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str, tuple[str, str]], out: Path) -> Drawn | None:
-    panels = [(group, curves) for group in by_place(runs) if (curves := _curves(group, plot.x, plot.y, counted))]
+    panels = [(group, curves) for group in by_place(runs) if (curves := curves_of(group, plot.x, plot.y, counted))]
     if not panels:
         return None
     scale = 100.0 if plot.share else 1.0
@@ -196,7 +197,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure, axes = _grid([group for group, _ in panels], plot.x_label, plot.y_label)
         for ax, (group, curves) in zip(axes, panels, strict=True):
-            companions = _curves(group, plot.x, plot.chance, counted) if plot.chance else {}
+            companions = curves_of(group, plot.x, plot.chance, counted) if plot.chance else {}
             at = {x for lines in curves.values() for line in lines for x in line.x}
             if len(at) == 1 and "iteration" in plot.x_label:  # points over one another: set them side by side
                 for n, label in enumerate(curves):

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from emreason.runs.keys import flatten
+from emreason.runs.summary import scalars
 from emreason.types import UserError
 
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
@@ -50,7 +51,7 @@ class Score:
 class Iteration:
     """One EM iteration: acceptance and tokens of its E-step, seconds of E-step and M-step together, and the scores after it.
 
-    `diagnostics`: those of `DIAGNOSTICS` that were measured.
+    `diagnostics`: those of `DIAGNOSTICS` that were measured. `numbers`: all there are, by the names that loggers get.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Iteration:
     errored: int
     validation: Score | None
     diagnostics: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Run:
     """One run folder. `problem` is a sentence where the run cannot count as a finished result, else None.
 
     `status` is that of summary.json, or `missing` (no summary yet) or `unreadable`. `label` is the scheme as it is shown:
-    its name, with the config keys that set it apart where runs of one scheme differ. `config` is flat: dotted key → value.
+    its name, with the config keys that set it apart where runs of one scheme differ. `config` is flat: dotted key → value. `base`: the base
+    model's validation, by the names of `Iteration.numbers`.
     """
 
     folder: Path
@@ -89,6 +92,7 @@ class Run:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, float] = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
@@ -178,6 +182,7 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
         zero_shot=_score(baseline.get("zero_shot")),
         few_shot=_score(baseline.get("few_shot")),
         start=_score(baseline.get("validation")),
+        base=scalars({"validation": baseline.get("validation")}),
         test=_score(summary.get("test")),
         iterations=tuple(_iteration(i) for i in summary.get("iterations") or []),
         seconds=_number(summary.get("seconds")),
@@ -198,6 +203,7 @@ def _iteration(row: dict[str, Any]) -> Iteration:
         errored=int(e_step.get("errored") or 0),
         validation=_score(row.get("validation")),
         diagnostics={key: value for key, value in found.items() if value is not None},
+        numbers=scalars(row),
     )
 
 

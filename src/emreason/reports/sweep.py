@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -29,6 +29,9 @@ from emreason.runs.experiment import ranks_of
 from emreason.runs.interrupt import leave_with_launcher
 from emreason.runs.summary import read_summary
 from emreason.types import UserError, plain
+
+if TYPE_CHECKING:
+    from emreason.reports.reading import Run
 
 
 def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -156,11 +159,29 @@ class SweepTable(Callback):
         self.jobs.unlink()
         known = [folder for folder in folders if (folder / "summary.json").exists()]
         if known:
-            print_runs(collect(known), Console())
+            runs = collect(known)
+            print_runs(runs, Console())
+            _to_wandb(config, runs)
         unfinished = [folder for folder in folders if read_summary(folder).get("status") != "finished"]
         if unfinished:
             names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
             raise SystemExit(f"error: {len(unfinished)} of {len(folders)} jobs failed, the same command tries them again: {names}")
+
+
+def _to_wandb(config: DictConfig, runs: Sequence[Run]) -> None:
+    """The comparison of a sweep that logs to W&B, beside its runs."""
+    node = OmegaConf.select(config, "logger.wandb")
+    if node is None:
+        return
+    from emreason.reports.comparison import compare
+    from emreason.reports.writing import comparison_records
+    from emreason.tracking.dashboard import publish_comparison
+
+    about = {key: node[key] for key in ("project", "entity", "group", "offline")}
+    try:
+        publish_comparison(Path(config.hydra.sweep.dir).resolve(), comparison_records(compare(runs)), **about)
+    except Exception as error:  # the runs are done; Hydra would forget which of them failed
+        console().print(f"The comparison was not sent to W&B: {one_sentence(error)}", highlight=False)
 
 
 def refuse_secrets(config: DictConfig) -> None:

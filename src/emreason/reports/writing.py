@@ -16,7 +16,7 @@ from emreason.reports import tables
 from emreason.reports.collapse import draw_collapse
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
-from emreason.reports.page import render
+from emreason.reports.pages.page import draw_panels, render
 from emreason.reports.reading import Run
 from emreason.types import UserError, plain
 
@@ -41,10 +41,10 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
         console.print(Text(plain(note), style="yellow"))
 
 
-def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
+def write_report(runs: Sequence[Run], out_dir: str | Path, refresh: float | None = None) -> list[Path]:
     """Write tables, figures and `report.html` into `out_dir` (made if absent) and return the files written.
 
-    Raises UserError where the folder cannot be written.
+    `refresh`: the page is read again after so many seconds. Raises UserError where the folder cannot be written.
     """
     out = Path(out_dir)
     comparison = compare(runs)
@@ -52,9 +52,9 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         texts = _tables(runs, comparison)
         colours = palette(runs)
-        drawn = draw_all(runs, comparison, out / "figures")
-        drawn += draw_collapse(runs, colours, out / "figures")
-        texts["report.html"] = render(runs, comparison, drawn, colours)
+        drawn = [*draw_all(runs, comparison, out / "figures"), *draw_collapse(runs, colours, out / "figures")]
+        drawn += draw_panels(runs, comparison, out / "figures")
+        texts["report.html"] = render(runs, comparison, drawn, colours, refresh)
         for name, text in texts.items():
             # A lone surrogate in a sampled text is no reason to lose the report.
             (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -77,11 +77,16 @@ def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     ]
     return {
         "table.md": "\n".join(section for section in sections if section),
-        "table.csv": _csv([asdict(cell) for cell in comparison.cells]),
+        "table.csv": _csv(comparison_records(comparison)["schemes"]),
         "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
-        "pairs.csv": _csv([_pair_record(pair) for pair in comparison.pairs]),
+        "pairs.csv": _csv(comparison_records(comparison)["pairs"]),
         "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
     }
+
+
+def comparison_records(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
+    """Its rows as flat records: `schemes` with means and intervals, `pairs` with Holm's p."""
+    return {"schemes": [asdict(cell) for cell in comparison.cells], "pairs": [_pair_record(pair) for pair in comparison.pairs]}
 
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:

@@ -30,6 +30,8 @@ def report_errors(task: Callable[[], Any], again: str = "goes on where it stoppe
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109  (as typed, like Python's own entry)
+        sys.path.append(here)  # what a `_target_` names may stand beside the configs; behind all else, which it must not hide
     with stop_on_signals() as stop:
         try:
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]

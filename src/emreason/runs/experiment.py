@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from emreason.models.memory import keep_freed_memory, out_of_memory_told, spare_imports
@@ -18,7 +19,7 @@ from emreason.models.sizes import describe
 from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import check_plain, check_values, try_optimizer
+from emreason.runs.checks import check_arguments, check_plain, check_values, quoted, try_optimizer
 from emreason.runs.console import quiet
 from emreason.runs.keys import flatten
 from emreason.runs.needs import free_on_host, needs
@@ -40,6 +41,8 @@ MAY_CHANGE = (
     "token_budget",
     "logger",
     "rationale_rows",
+    "hub",
+    "peft.merge",
     "evaluation.diagnostics",
     "overwrite",
     "quiet",
@@ -71,7 +74,8 @@ class Settings:
 
     Attributes:
         text: all of it, resolved, as YAML.
-        trainer, logger: make the Trainer, and the logger of a run folder or None.
+        trainer, loggers: make the Trainer, and the loggers of a run folder.
+        callbacks: of the user's own; they come before the loop's.
         build: makes the `Experiment`; see the function.
     """
 
@@ -83,6 +87,9 @@ class Settings:
     keep_checkpoints: bool
     token_budget: int | None
     rationale_rows: int
+    push: str | None
+    private: bool
+    merge: bool
     max_epochs: int
     scheme: Scheme
     m_step: Any
@@ -90,8 +97,32 @@ class Settings:
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
     several_ranks: bool
-    logger: Callable[[Path], Any]
+    loggers: Callable[[Path], list[Any]]
+    callbacks: list[Any]
     build: Callable[[str | None], Experiment]
+
+
+def compose(overrides: Sequence[str], name: str = "train", config_dir: str | Path | None = None) -> tuple[DictConfig, Path]:
+    """The config of a command with these overrides, and the folder it would work in; also inside another program that uses Hydra.
+
+    Args:
+        config_dir: a folder with configs of one's own, as `--config-dir`.
+
+    Raises:
+        UserError, HydraException: an override cannot be read, or is of a secret.
+    """
+    check_arguments(overrides)
+    given = [quoted(override) for override in overrides]
+    if config_dir is not None:
+        given.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
+    around = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(CONF, version_base="1.3"):
+            whole = hydra.compose(name, given, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = around
+    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"]), Path(whole.hydra.run.dir)
 
 
 def read(cfg: DictConfig) -> Settings:
@@ -104,10 +135,15 @@ def read(cfg: DictConfig) -> Settings:
     make = hydra.utils.instantiate
     optimizer = make(cfg.optimizer)
     try_optimizer(optimizer)
+    if cfg.hub.push:
+        _check_token()
     return Settings(
         identity(cfg),
         OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
         **{key: cfg[key] for key in ("seed", "overwrite", "quiet", "keep_checkpoints", "token_budget", "rationale_rows")},
+        push=cfg.hub.push,
+        private=cfg.hub.private,
+        merge=cfg.peft.get("merge", False),
         max_epochs=cfg.trainer.max_epochs,
         scheme=make(cfg.sampler),
         m_step=make(cfg.m_step),
@@ -115,14 +151,28 @@ def read(cfg: DictConfig) -> Settings:
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True, accelerator=on(cfg)),
         several_ranks=cfg.trainer.get("strategy") == "ddp" or ranks_of(cfg) > 1,
-        logger=lambda folder: _logger(cfg.logger, folder),
+        loggers=lambda folder: [_logger(node, folder) for node in _named(cfg.logger)],
+        callbacks=[make(node) for node in _named(cfg.callbacks)],
         build=lambda dtype: build(cfg, dtype),
     )
 
 
+def _check_token() -> None:
+    """Raises UserError where the Hub would refuse an upload, which is better heard of before a run than after."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("hub.push needs a token that may write: run `hf auth login`, or set HF_TOKEN.")
+
+
+def _named(config: DictConfig | None) -> list[DictConfig]:
+    """The nodes of a group of which several options may be chosen, each under a name of its own; or the one that stands there."""
+    return [config] if config and "_target_" in config else [node for node in (config or {}).values() if node]
+
+
 def _logger(config: DictConfig, folder: Path) -> Any:
-    """The logger, if any; the run folder is the first argument of a partial one, unless it has a folder of its own."""
-    logger = hydra.utils.instantiate(config) if config else None
+    """A logger; the run folder is the first argument of a partial one, unless it has a folder of its own."""
+    logger = hydra.utils.instantiate(config)
     if isinstance(logger, functools.partial):
         return logger() if logger.keywords.keys() & {"save_dir", "folder"} else logger(folder)
     return logger
@@ -179,7 +229,8 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     device = torch.device(on(cfg))
     if device.type == "cuda":
         prepare_cuda(expandable="server" not in cfg.engine)
-    precision = cfg.engine.dtype if cfg.engine.dtype != "auto" or dtype is None else dtype
+    asked = cfg.engine.get("dtype", "auto")  # an engine of somebody's own may not name it
+    precision = asked if asked != "auto" or dtype is None else dtype
     if precision == "auto" and device.type == "cpu" and (cfg.trainer.get("devices", 1) != 1 or cfg.trainer.get("num_nodes", 1) != 1):
         precision = "float32"  # ranks that measured for themselves could disagree
     chosen = choose_dtype(precision, device)
@@ -255,6 +306,7 @@ def check_same_config(folder: Path, config: str) -> None:
     if not path.exists():
         return
     before, now = flatten(OmegaConf.to_container(read_config(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    before, now = ({key: value for key, value in config.items() if value != {}} for config in (before, now))  # an empty group is no setting
     differing = [
         f"{key}: {before.get(key)!r} → {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

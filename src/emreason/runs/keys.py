@@ -30,12 +30,14 @@ TRAIN_KEYS = _GROUPS | {
         "token_budget",
         "keep_checkpoints",
         "rationale_rows",
+        "hub",
     ),
-    *("optimizer", "logger", "trial"),  # trial: where a sweeper names its runs
+    *("optimizer", "logger", "callbacks", "trial"),  # trial: where a sweeper names its runs
 }
 SECTIONS = {
     "model": {"name", "load"},
-    "peft": {"name", "add"},
+    "peft": {"name", "add", "merge"},
+    "hub": {"push", "private"},
     "dataset.limit": {"train", "validation", "test"},
     "dataset.load.splits": {"train", "validation", "test"},
 }
@@ -65,8 +67,8 @@ INSTEAD = {
     "num_sanity_val_steps": "evaluation.baseline, the splits measured before the first iteration",
     "reload_dataloaders_every_n_epochs": "m_step.epochs for more passes over what one E-step has sampled",
     "log_every_n_steps": "nothing: every step is logged",
-    "logger": "logger=csv, tensorboard or wandb",
-    "callbacks": "nothing: the loop's own callbacks are its parts",
+    "logger": "logger=csv, tensorboard, wandb, trackio, mlflow, or several: logger=[csv,wandb]",
+    "callbacks": "callbacks=early_stopping, or a YAML of your own",
     "plugins": "nothing: checkpoints are written by the program's own plugin",
     "default_root_dir": "hydra.run.dir, the run folder",
     "enable_checkpointing": "keep_checkpoints; while a run goes on it needs them",
@@ -82,7 +84,12 @@ INSTEAD = {
 """Arguments of Lightning's Trainer that would break an EM iteration or do nothing here, and what does their work."""
 
 
-EXTRAS = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "VllmEngine": ("vllm",)}
+EXTRAS = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "TrackioRun": ("trackio",),
+    "mlflow_run": ("mlflow",),
+    "VllmEngine": ("vllm",),
+}
 """What needs a package that is not always there."""
 
 

@@ -106,9 +106,9 @@ def _disk(cfg: DictConfig) -> str:
         return "adapters in checkpoints/ and model/ (megabytes), the journal of all draws, metrics"
     if count is None:
         return "checkpoints/ (up to 16 bytes a parameter), model/ (up to 4), the journal of all draws, metrics"
-    weights, last = (2, 14) if cfg.engine.dtype == "bfloat16" else (4, 12)
+    weights, last = (2, 14) if cfg.engine.get("dtype", "auto") == "bfloat16" else (4, 12)
     kept = "" if cfg.keep_checkpoints else " until the run is finished"
-    assumed = " if auto means float32" if cfg.engine.dtype == "auto" else ""
+    assumed = " if auto means float32" if cfg.engine.get("dtype", "auto") == "auto" else ""
     return (
         f"checkpoints/ about {count * (last + weights) / GB:.1f} GB{kept}, model/ about {count * weights / GB:.1f} GB{assumed}; "
         "the journal of all draws, metrics"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -15,6 +16,7 @@ from typing import Any
 from emreason import __version__
 from emreason.progress import rank
 from emreason.runs.journal import write_json
+from emreason.runs.keys import flatten
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "vllm")
 
@@ -55,6 +57,20 @@ def tokens_drawn(iterations: list[dict[str, Any]]) -> int:
     return sum(record["e_step"]["tokens"] for record in iterations)
 
 
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """An iteration's record as `e_step/tokens`, `validation/ci95/low`, …, with `e_step/tokens_per_accepted`; numbers alone."""
+    parts = {part: dict(values) for part, values in record.items() if isinstance(values, dict)}
+    for values in parts.values():
+        if values.get("ci95"):
+            values["ci95"] = dict(zip(("low", "high"), values["ci95"], strict=True))
+        if values.get("accuracy_by_position"):
+            values["accuracy_by_position"] = {letter: of["accuracy"] for letter, of in values["accuracy_by_position"].items()}
+    if (e_step := parts.get("e_step", {})).get("accepted") and e_step.get("tokens"):
+        e_step["tokens_per_accepted"] = e_step["tokens"] / e_step["accepted"]
+    flat = {key.replace(".", "/"): value for key, value in flatten(parts).items()}
+    return {key: value for key, value in flat.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
 def best_iteration(iterations: list[dict[str, Any]]) -> int:
     """The earliest of a summary's iterations with the highest validation accuracy."""
     return int(max(iterations, key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"])
@@ -71,10 +87,35 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def peak_memory_bytes() -> int:
     """The largest resident set of this process so far (and with CUDA, plus the largest allocation on the device)."""
+    _highest.append(_peak())
+    _highest[:] = [max(_highest)]
+    return _highest[0]
+
+
+def phase_memory_bytes() -> int:
+    """The same since it was asked last: the peak of a phase. Where the system keeps one peak alone, that."""
+    peak = _peak()
+    peak_memory_bytes()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak
+    if _cuda():
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
+    return peak
+
+
+_highest: list[int] = []
+"""The largest peak of all phases: each forgets that of the one before."""
+
+
+def _peak() -> int:
     scale = 1 if platform.system() == "Darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return resident + (sys.modules["torch"].cuda.max_memory_allocated() if _cuda() else 0)
+
+
+def _cuda() -> bool:
     torch = sys.modules.get("torch")  # nothing was allocated where it is not loaded
-    return resident + (torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0)
+    return torch is not None and torch.cuda.is_available()
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from emreason.questions.answers import statement_start
 from emreason.schemes.samplers import Scheme, by_question, is_trivial
 from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized
@@ -63,6 +65,7 @@ def e_step_record(
     first = [r for r in attempts if r.attempt == 1]
     chances = [chance_acceptance(len(q.choices), scheme.n_tries(iteration)) for q in questions if q.choices]
     trivial = [r for r in accepted if is_trivial(r.text)]
+    drawn = [r for r in attempts if r.finish_reason != "error"]
     return {
         "iteration": iteration,
         "questions": len(questions),
@@ -80,9 +83,29 @@ def e_step_record(
         **describe(accepted),
         "trivial_tokens_mean": mean(r.n_tokens for r in trivial),
         "tokens": sum(r.n_tokens for r in attempts),
+        **_draws_record(drawn, len(questions)),
         "rationale_tokens_mean": mean(r.n_tokens for r in accepted),
         **_importance_record(accepted, scheme),
         "seconds": seconds,
+    }
+
+
+def _draws_record(drawn: Sequence[Rationale], questions: int) -> dict[str, float | None]:
+    """Of all draws, accepted or not: questions of whose draws none, some or all are right; lengths (10th percentile, mean, 90th), tokens.
+
+    `entropy`: −log π a drawn token, nats; at temperature 1 and top_p 1 an unbiased estimate of the entropy of a token.
+    """
+    shares = [sum(r.accepted for r in group) / len(group) for group in by_question(drawn).values()]
+    lengths, tokens = [r.n_tokens for r in drawn], sum(r.n_tokens for r in drawn)
+    low, high = np.quantile(lengths, (0.1, 0.9)).tolist() if lengths else (None, None)
+    return {
+        "none_right": questions - sum(share > 0 for share in shares),
+        "some_right": sum(0 < share < 1 for share in shares),
+        "all_right": sum(share == 1 for share in shares),
+        "draw_tokens_p10": low,
+        "draw_tokens_mean": mean(lengths),
+        "draw_tokens_p90": high,
+        "entropy": -sum(r.logprob for r in drawn) / tokens if tokens else None,
     }
 
 

@@ -16,7 +16,7 @@ from emreason.em.e_step import EStep, iterations_done
 from emreason.em.module import EMModule
 from emreason.models.loading import weights_fingerprint
 from emreason.runs.journal import JsonLines, read_lines, to_line, write_atomic
-from emreason.runs.summary import Summary, best_iteration, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, phase_memory_bytes, scalars, tokens_drawn
 from emreason.scores.scoring import Prediction
 from emreason.types import Question
 
@@ -38,15 +38,26 @@ class Recorder(Callback):
         self.few_shot = few_shot
         self.token_budget = token_budget
         self.tokens = 0
+        self.memory: dict[str, int] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         iteration = iterations_done(trainer)
         if self.summary.values["baseline"] is None and iteration == 0:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
+        if trainer.is_global_zero and iteration == 0:  # the curves' first point
+            for logger in trainer.loggers:
+                logger.log_metrics({**base_scores(self.summary.values), "iteration": -1.0}, step=0)
+        phase_memory_bytes()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         # not in `on_fit_start`: a checkpoint's progress is restored after that
         self.tokens = tokens_drawn(self.summary.values["iterations"][: iterations_done(trainer)])
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        self.memory = {"e_step": phase_memory_bytes()}  # the loader, and so the E-step, is made before this hook
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        self.memory["m_step"] = phase_memory_bytes()
 
     def _baseline(self, trainer: L.Trainer, module: EMModule) -> dict[str, Any]:
         weights = weights_fingerprint(module.model) if self.baseline_splits else ""
@@ -78,19 +89,39 @@ class Recorder(Callback):
         assert isinstance(pl_module, EMModule)
         iteration = trainer.current_epoch
         e_step = next(c for c in trainer.callbacks if isinstance(c, EStep))  # type: ignore[attr-defined]
-        record = {
+        self.tokens += e_step.record["tokens"]
+        record: dict[str, Any] = {
             "iteration": iteration,
-            "e_step": {k: v for k, v in e_step.record.items() if k != "iteration"},
+            "e_step": {k: v for k, v in e_step.record.items() if k != "iteration"} | {"tokens_total": self.tokens},
             "m_step": pl_module.finish_m_step(),
             "validation": pl_module.scores.pop("validation", None),
         }
         if trainer.is_global_zero and "validation" in pl_module.predictions:
             write_predictions(self.folder, f"validation_iteration={iteration:03d}", pl_module.predictions.pop("validation"))
+        self.memory["validation"] = phase_memory_bytes()
+        record |= {"memory_bytes": self.memory, "tokens_per_second": _speeds(record)}
         earlier = [r for r in self.summary.values["iterations"] if r["iteration"] < iteration]
-        self.summary.update(iterations=[*earlier, record])
-        self.tokens += e_step.record["tokens"]
+        logged = {"memory_bytes": self.memory, "tokens_per_second": record["tokens_per_second"], "e_step": {"tokens_total": self.tokens}}
+        pl_module.log_dict({key: float(value) for key, value in scalars(logged).items()}, rank_zero_only=False, batch_size=1)
         if self.token_budget is not None and self.tokens >= self.token_budget:
+            record["stopped"] = "token_budget"
             trainer.should_stop = True
+        self.summary.update(iterations=[*earlier, record])
+
+
+def base_scores(summary: dict[str, Any]) -> dict[str, float]:
+    """The base model's scores, zero-shot, under the names that the trained one's have."""
+    found = summary["baseline"] or {}
+    return scalars({"validation": found.get("validation"), "test": found.get("zero_shot")})
+
+
+def _speeds(record: dict[str, Any]) -> dict[str, float]:
+    """Tokens a second: generated in the E-step and the validation, supervised in the M-step."""
+    score = record["validation"] or {}
+    tokens = {"e_step": record["e_step"].get("tokens", 0), "m_step": record["m_step"].get("tokens", 0)}
+    tokens["validation"] = score.get("n", 0) * score.get("rationale_tokens_mean", 0)
+    seconds = {part: (record[part] or {}).get("seconds", 0) for part in tokens}
+    return {part: tokens[part] / seconds[part] for part in tokens if seconds[part]}
 
 
 class Checkpoints(Checkpoint):
@@ -105,6 +136,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         # the first rank alone has the summary
+        if trainer.is_global_zero and trainer.should_stop and "stopped" not in (done := self.summary.values["iterations"])[-1]:
+            self.summary.update(iterations=[*done[:-1], done[-1] | {"stopped": "callback"}])  # and a finished run stays finished
         is_best = trainer.is_global_zero and best_iteration(self.summary.values["iterations"]) == trainer.current_epoch
         if trainer.strategy.broadcast(is_best):
             trainer.save_checkpoint(self.best, weights_only=True)
@@ -124,7 +157,7 @@ class JsonlLogger(Logger):
         self.path = folder / "metrics.jsonl"
         if keep_below is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             # a resumed run repeats its last, unfinished iteration: what that had logged goes
-            kept = [r for r in read_lines(self.path) if r.get("iteration", 0) < keep_below]
+            kept = [r for r in read_lines(self.path) if r.get("iteration", 0) < keep_below] if keep_below else []
             write_atomic(self.path, "".join(map(to_line, kept)))
         self._lines: JsonLines | None = None
 

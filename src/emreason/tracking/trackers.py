@@ -1,0 +1,77 @@
+"""Trackio and MLflow: one run per run folder, continued where the folder's run is resumed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
+
+from emreason.runs.journal import write_atomic
+from emreason.runs.keys import flatten
+
+MLFLOW_ID = "mlflow_id"  # file in the run folder
+
+
+class TrackioRun(Logger):
+    """Lightning's metrics in Trackio, under the run folder's name.
+
+    Args:
+        group: what belongs together, e.g. the jobs of one sweep.
+        space_id: a Space of the Hub that shows them; None: this machine.
+    """
+
+    def __init__(self, folder: str, project: str, group: str | None = None, space_id: str | None = None):
+        super().__init__()
+        self.folder = Path(folder).resolve()
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            import trackio
+
+            about = {"project": project, "group": group, "space_id": space_id, "config": _config(self.folder)}
+            self._run = trackio.init(name=self.version, resume="allow", embed=False, **about)
+
+    @property
+    def name(self) -> str:
+        return "trackio"
+
+    @property
+    def version(self) -> str:
+        return "/".join(self.folder.parts[-4:])
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is given when the run starts."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._run.log(metrics, step=step)
+
+
+def finish() -> None:
+    """Send what Trackio still holds, so that the next job of a sweep begins a run of its own."""
+    if "trackio" in sys.modules:
+        trackio = sys.modules["trackio"]
+        if trackio.context_vars.current_run.get() is not None:
+            trackio.finish()
+
+
+def mlflow_run(folder: str, experiment: str, tracking_uri: str) -> MLFlowLogger:
+    """Lightning's MLflow logger; the run's id stands in the run folder."""
+    place = Path(folder).resolve()
+    known = place / MLFLOW_ID
+    name = "/".join(place.parts[-4:])
+    logger = MLFlowLogger(experiment, name, tracking_uri, run_id=known.read_text().strip() if known.exists() else None)
+    if rank_zero_only.rank == 0 and not known.exists():  # type: ignore[attr-defined]
+        write_atomic(known, str(logger.run_id))
+        logger.log_hyperparams(flatten(_config(place)))
+    return logger
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
