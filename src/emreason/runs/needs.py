@@ -100,8 +100,8 @@ def too_little(shape: Shape, work: Work, free: float) -> str:
     ways = [(words, peak(shape, changed)) for words, changed in _mends(work)]
     helping = [(words, needed) for words, needed in ways if needed < 0.98 * total(phases[worst])]
     helping.sort(key=lambda way: max(way[1] - free, 0))  # of those that suffice the first is the cheapest
-    shown = [f"{words} ({needed / GIB:.1f})" for words, needed in helping[:3]]
-    shown += [] if helping and helping[0][1] <= free else ["a smaller model"]
+    enough = bool(helping) and helping[0][1] <= free
+    shown = [f"{words} ({needed / GIB:.1f})" for words, needed in helping[: 3 if enough else 2]] + ([] if enough else ["a smaller model"])
     said = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
     return f"The {worst} may need {total(phases[worst]) / GIB:.1f} GiB and {free / GIB:.1f} are free; use {said}."
 
