@@ -50,9 +50,9 @@ class Recorder(Callback):
         # not in `on_fit_start`: a checkpoint's progress is restored after that
         done = iterations_done(trainer)
         self.tokens = tokens_drawn(self.summary.values["iterations"][:done])
-        if trainer.is_global_zero and not done:  # the curves' first point
+        if trainer.is_global_zero and not done and (first := base_scores(self.summary.values)):  # the curves' first point
             for logger in trainer.loggers:
-                logger.log_metrics({**base_scores(self.summary.values), "iteration": -1.0}, step=0)
+                logger.log_metrics({**first, "iteration": -1.0}, step=0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         self.memory = {"e_step": phase_memory_bytes()}  # the loader, and so the E-step, is made before this hook
