@@ -158,7 +158,7 @@ class JsonlLogger(Logger):
         self.path = folder / "metrics.jsonl"
         if keep_below is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             # a resumed run repeats its last, unfinished iteration: what that had logged goes
-            kept = [r for r in read_lines(self.path) if 0 < keep_below > r.get("iteration", 0)]
+            kept = [r for r in read_lines(self.path) if keep_below and r.get("iteration", 0) < keep_below]
             write_atomic(self.path, "".join(map(to_line, kept)))
         self._lines: JsonLines | None = None
 
