@@ -125,7 +125,9 @@ def test_a_runs_card_chats_and_merged_model_go_to_the_hub(tmp_path, monkeypatch,
         (r.iteration, r.question_id, r.text.strip()) for r in kept
     ]
     assert all(message["role"] == "user" and "What is" in message["content"] for r in loaded for message in r["prompt"])
-    assert not any("correct answer" in r["prompt"][0]["content"] for r in loaded)  # the hint
+    hint = yaml.safe_load((folder / "config.yaml").read_text())["dataset"]["prompt"]["hint"].partition("{answer}")[0]
+    assert len(hint) > 8
+    assert not any(hint in message["content"] for r in loaded for message in r["prompt"])
 
 
 def test_an_upload_without_a_token_is_refused_before_the_run(tmp_path, monkeypatch):

@@ -79,7 +79,9 @@ def test_a_resumed_run_counts_the_tokens_and_seconds_of_the_iterations_it_goes_o
     (tmp_path / "summary.json").write_text(json.dumps(spent))
     record = Recorder(Summary(tmp_path, {}), tmp_path, (), few_shot=0, token_budget=12)
     trainer.fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1)))
+    trainer.loggers = [JsonlLogger(tmp_path)]
     record.on_train_start(trainer, module)
+    assert not (tmp_path / "metrics.jsonl").exists()  # the base model's line is there since the beginning
     trainer.callbacks[0].record = {"iteration": 1, "tokens": 6}  # iteration 1 is done again: 5 + 6
     module.m_step_record = {"steps": 1}
     record.on_train_epoch_end(trainer, module)

@@ -130,8 +130,11 @@ class Iterations(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         for logger in wandb_runs(trainer):
             logger.experiment.summary.update(scalars({"baseline": self.summary.values["baseline"]}))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        for logger in wandb_runs(trainer):
             first = base_scores(self.summary.values)
-            if first and not iterations_done(trainer):
+            if first and not iterations_done(trainer):  # which is known only now: a checkpoint's progress is restored after `on_fit_start`
                 logger.log_iteration(0, 0, {**first, "e_step/tokens_total": 0})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002

@@ -44,14 +44,15 @@ class Recorder(Callback):
         iteration = iterations_done(trainer)
         if self.summary.values["baseline"] is None and iteration == 0:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
-        if trainer.is_global_zero and iteration == 0:  # the curves' first point
-            for logger in trainer.loggers:
-                logger.log_metrics({**base_scores(self.summary.values), "iteration": -1.0}, step=0)
         phase_memory_bytes()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         # not in `on_fit_start`: a checkpoint's progress is restored after that
-        self.tokens = tokens_drawn(self.summary.values["iterations"][: iterations_done(trainer)])
+        done = iterations_done(trainer)
+        self.tokens = tokens_drawn(self.summary.values["iterations"][:done])
+        if trainer.is_global_zero and not done and (first := base_scores(self.summary.values)):  # the curves' first point
+            for logger in trainer.loggers:
+                logger.log_metrics({**first, "iteration": -1.0}, step=0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         self.memory = {"e_step": phase_memory_bytes()}  # the loader, and so the E-step, is made before this hook
@@ -157,7 +158,7 @@ class JsonlLogger(Logger):
         self.path = folder / "metrics.jsonl"
         if keep_below is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             # a resumed run repeats its last, unfinished iteration: what that had logged goes
-            kept = [r for r in read_lines(self.path) if r.get("iteration", 0) < keep_below] if keep_below else []
+            kept = [r for r in read_lines(self.path) if keep_below and r.get("iteration", 0) < keep_below]
             write_atomic(self.path, "".join(map(to_line, kept)))
         self._lines: JsonLines | None = None
 
