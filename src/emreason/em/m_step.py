@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from emreason.models.batches import Step
-from emreason.scores.scoring import token_logprobs
+from emreason.models.batches import Batch, Step
 from emreason.types import UserError
 
 
@@ -45,21 +45,27 @@ class MStep:
     on_zero_accepted: Literal["error", "skip"] = "error"
 
 
-def accumulate(model: nn.Module, step: Step, device: torch.device, index: int) -> Tensor:
+def accumulate(
+    score: Callable[[Tensor, Tensor], Tensor], batches: Sequence[Batch], device: torch.device, index: int, scale: float = 1.0
+) -> Tensor:
     """Add the gradients of this rank's batches up; returns [2] float64: the summed NLL (nats) and the number of supervised tokens.
+
+    Args:
+        score: `token_logprobs` of the model that is trained.
+        scale: of the gradients.
 
     Raises:
         UserError: the loss is not finite; the message names the questions of the batch.
     """
     sums = torch.zeros(2, device=device, dtype=torch.float64)
-    for batch in step.batches:
+    for batch in batches:
         batch = batch.to(device)
-        logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask)
+        logprobs = score(batch.input_ids, batch.completion_mask)
         per_row = torch.zeros_like(batch.weights).index_add(0, batch.row_of_token, -logprobs)
         loss = (per_row * batch.weights).sum()
         if not torch.isfinite(loss):
             raise _not_finite("loss", index, batch.question_ids)
-        loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
+        (loss * scale).backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
         sums[0] += per_row.detach().sum()
         sums[1] += len(logprobs)
     return sums
@@ -72,6 +78,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step,
         UserError: it is not finite; the message names the step's questions.
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not torch.isfinite(norm):
         raise _not_finite("gradient", index, [i for batch in step.batches for i in batch.question_ids])
     if max_norm is not None and norm > max_norm:

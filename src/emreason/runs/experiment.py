@@ -18,7 +18,7 @@ from emreason.models.sizes import describe
 from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import check_plain, check_values, try_optimizer
+from emreason.runs.checks import SHARDING, check_plain, check_values, try_optimizer
 from emreason.runs.console import quiet
 from emreason.runs.keys import flatten
 from emreason.schemes.samplers import Scheme
@@ -89,6 +89,7 @@ class Settings:
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
     several_ranks: bool
+    sharding: Any
     logger: Callable[[Path], Any]
     build: Callable[[str | None], Experiment]
 
@@ -113,7 +114,8 @@ def read(cfg: DictConfig) -> Settings:
         evaluation=make(cfg.evaluation),
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True, accelerator=on(cfg)),
-        several_ranks=cfg.trainer.get("strategy") == "ddp" or ranks_of(cfg) > 1,
+        several_ranks=cfg.trainer.get("strategy", "auto") != "auto" or ranks_of(cfg) > 1,
+        sharding=SHARDING.get(cfg.trainer.get("strategy", "auto")),
         logger=lambda folder: _logger(cfg.logger, folder),
         build=lambda dtype: build(cfg, dtype),
     )

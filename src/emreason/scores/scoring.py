@@ -163,7 +163,9 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 256, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, completion_mask: Tensor, chunk: int = 256, temperature: float = 1.0, in_layers: bool = False
+) -> Tensor:
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
     The head runs on completion tokens only, `chunk` tokens at a time, so that the [tokens, vocabulary] logits of a batch never exist at
@@ -174,6 +176,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
         input_ids: [rows, length] int64, right-padded.
         completion_mask: [rows, length] bool; the first column must be False (nothing comes before it).
         temperature: of softmax(logits / temperature).
+        in_layers: pass every layer once, by its own forward, as hooks on layers need it.
 
     Returns:
         [number of marked tokens] float32, row by row.
@@ -181,9 +184,9 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, completion_mask: Tensor,
     causal_lm = base_causal_lm(model)
     decoder = causal_lm.base_model
     shared = shared_prefix(input_ids, completion_mask)
-    if can_pack_rows(causal_lm):
+    if not in_layers and can_pack_rows(causal_lm):
         states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
-    elif shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
+    elif in_layers or shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         states = hidden[:, :-1][completion_mask[:, 1:]]  # the state at t predicts token t + 1
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
