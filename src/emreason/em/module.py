@@ -18,6 +18,7 @@ from emreason.em import checkpoints, evaluation, ranks
 from emreason.em.evaluation import Evaluation
 from emreason.em.m_step import MStep, accumulate, clip
 from emreason.em.shards import Shards
+from emreason.engines.vllm import VllmEngine
 from emreason.models.batches import Step
 from emreason.models.masters import master_weights, publish
 from emreason.questions.prompts import Prompts
@@ -78,6 +79,8 @@ class EMModule(L.LightningModule):
     def shard(self, mesh: DeviceMesh) -> None:
         """Train pieces of the weights over the ranks of `mesh`."""
         self._shards = Shards(self.model, mesh, self.seed)
+        if isinstance(self.engine, VllmEngine):
+            self.engine.pieces = mesh.size(mesh.ndim - 1)
         if self.m_step.init == "base":
             self._base = [piece.cpu().clone() for piece in self._shards.pieces()]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from emreason.progress import doing
+from emreason.runs.journal import named
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for one whose E-step or evaluation takes longer; a rank that dies is heard of at once."""
@@ -53,8 +54,11 @@ class Ranks(DDPStrategy):
             if self.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
             self.barrier()
-            with doing(f"Writing {folder.parent.name}/{folder.name}", at_once=False):
-                dcp.save(pieces, checkpoint_id=folder)
+            with doing(f"Writing {folder.parent.name}/{folder.name}", at_once=False), named(folder):
+                try:
+                    dcp.save(pieces, checkpoint_id=folder)
+                except dcp.api.CheckpointException as error:
+                    raise next(iter(error.failures.values()))[0] from error
             checkpoint["shards"] = folder.name
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if pieces is not None and self.is_global_zero:

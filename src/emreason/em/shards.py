@@ -20,6 +20,7 @@ from emreason.em.ranks import most
 from emreason.models.batches import Batch
 from emreason.models.families import base_causal_lm
 from emreason.models.masters import publish
+from emreason.models.memory import release_memory
 from emreason.scores.scoring import token_logprobs
 from emreason.types import UserError
 
@@ -34,9 +35,14 @@ class Shards:
         whole: the model; its weights are the same on all ranks.
         mesh: [ranks], or [nodes, ranks of a node]: a copy of the pieces in each node.
         seed: of rounding, as in `masters.publish`.
+
+    Raises:
+        UserError: the model is quantised.
     """
 
     def __init__(self, whole: nn.Module, mesh: DeviceMesh, seed: int):
+        if any(not p.is_floating_point() or p.element_size() < 2 for p in whole.parameters()):
+            raise UserError("The weights of a quantised model cannot be cut in pieces; load it in bfloat16, or use trainer.strategy=auto.")
         self.whole, self.seed, self.fresh = whole, seed, True
         self.ranks = mesh.size()
         self._logprobs = _Logprobs(whole)
@@ -74,6 +80,7 @@ class Shards:
         self.fresh = False
         for parameter in self.whole.parameters():
             parameter.data = parameter.data.new_empty(0)
+        release_memory()
 
     @torch.no_grad()
     def gather(self) -> None:
