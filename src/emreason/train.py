@@ -98,7 +98,9 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     return summary.values
 
 
-@out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, train an adapter (peft=lora) or shard (trainer.strategy=shard)")
+@out_of_memory_told(
+    "lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, train an adapter (peft=lora) or shard (trainer.strategy=shard)"
+)
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     import lightning as L
 

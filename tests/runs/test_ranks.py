@@ -34,8 +34,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What the two ranks report of every case."""
+def ranks(tmp_path_factory, request):
+    """What the two ranks report of the cases that are asked for."""
+    names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_two_ranks_do_what_one_does[")]
     folder = tmp_path_factory.mktemp("ranks")
     shared = {
         **ENVIRONMENT,
@@ -45,7 +46,7 @@ def ranks(tmp_path_factory):
         "WORLD_SIZE": "2",
         "NODE_RANK": "0",
     }
-    command = [sys.executable, HERE / "two_ranks.py", folder]
+    command = [sys.executable, HERE / "two_ranks.py", folder, *names]
     processes = [subprocess.Popen(command, env=shared | {"LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
@@ -58,7 +59,7 @@ TOLERANCE = {"bfloat16": 0.1, "drawn": 1e-4, "adapters": 1e-4}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", two_ranks.CASES)
-def test_two_ranks_do_what_one_does_sharded_or_not(ranks, tmp_path, name):
+def test_two_ranks_do_what_one_does(ranks, tmp_path, name):
     one = two_ranks.run(tmp_path, two_ranks.CASES[name], 1)
     assert (float(one["moved"].norm()) > 1e-3) == (not name.startswith("none and none"))
     for kind in (None, "shard"):

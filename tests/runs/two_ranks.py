@@ -1,6 +1,7 @@
-"""One rank of two: `LOCAL_RANK=r … python two_ranks.py FOLDER` runs every case of `CASES` and writes what came of it.
+"""One rank of two: `LOCAL_RANK=r … python two_ranks.py FOLDER NAME...` runs these of the `CASES` and writes what came of it.
 
-`two_ranks.py FOLDER schemes` tries every scheme of `conf/sampler` on sharded models instead, against one process, and prints a table. `two_ranks.py FOLDER memory`: what an M-step of SmolLM2-135M holds, one process or two sharded ranks.
+`two_ranks.py FOLDER schemes` tries every scheme of `conf/sampler` instead, on two ranks, sharded or not, against one process, and prints a
+table; `two_ranks.py FOLDER memory` says what an M-step of SmolLM2-135M holds in one process and in each of two sharded ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from emreason.em.m_step import MStep
 from emreason.em.ranks import Ranks
 from emreason.engines.inprocess import EngineStats, InProcessEngine
 from emreason.models.loading import add_lora, load_package
+from emreason.models.memory import spare_imports
 from emreason.questions.prompts import Prompts
 from emreason.runs.experiment import CONF
 from emreason.runs.journal import Journal
@@ -67,17 +69,17 @@ CASES = {
     "none and all": Case(6, lambda i, _: i % 2 == 1, sharded=True),
     "one and none": Case(6, lambda i, _: i == 0, sharded=True),
     "none and none, skipped": Case(4, lambda *_: False, m_step={"on_zero_accepted": "skip"}, sharded=True),
-    "none and none": Case(4, lambda *_: False, sharded=True),
+    "none and none": Case(4, lambda *_: False),
     "uneven shards": SOME,
-    "a rank without a question": Case(1, lambda *_: True, sharded=True),
+    "a rank without a question": Case(1, lambda *_: True),
     # the control variate's β is over all ranks' questions, and the second iteration trains on the first one's hinted rationales
-    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice"), sharded=True),
+    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice")),
     "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo")),
     "bfloat16": replace(SOME, dtype=torch.bfloat16, sharded=True),
     "adaptive": Case(7, lambda i, attempt: i % 2 == 0 or attempt == 2, scheme("star", choose="adaptive", share=0.5)),
     # weighed by passes over the first iteration's weights and the second's, as many as a rank has rationales
     "importance": Case(5, lambda i, _: i in (0, 2, 3), scheme("pps", 2, keep=2, weigh="importance"), model="untied", sharded=True),
-    "adapters": replace(SOME, model="lora", adam=True, iterations=3, sharded=True),
+    "adapters": replace(SOME, model="lora", adam=True, sharded=True),
     "every option": replace(SOME, m_step=EVERY_OPTION, sharded=True),
     "drawn": Case(16, None, scheme("rs", 4, max_new_tokens=24), {"max_grad_norm": None, "batch_size": 8}, sharded=True),
 }
@@ -165,15 +167,18 @@ def memory(folder: Path, devices: int) -> None:
             self.rest = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
-        def on_before_zero_grad(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:  # noqa: ARG002
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            trainer.optimizers[0].register_step_post_hook(lambda optimizer, *_: self.count(optimizer, pl_module))
+
+        def count(self, optimizer: Any, pl_module: Any) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             parts = [*parameters, *(p.grad for p in parameters), *(t for s in optimizer.state.values() for t in s.values())]
             self.held = sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in {id(t): t for t in parts}.values())
             self.held += sum(p.nbytes for p in pl_module.trainable() if not any(p is q for q in parameters))
 
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-            kind = f"rank {trainer.global_rank} of {devices}"
-            said = f"weights, moments, gradients {self.held / 1e6:.0f} MB; peak beyond what the imports take {(status('VmHWM') - IMPORTS) / 1e6:.0f}"
+            kind, peak = f"rank {trainer.global_rank} of {devices}", status("VmHWM") - IMPORTS
+            said = f"weights, moments, gradients {self.held / 1e6:.0f} MB; peak beyond what the imports take {peak / 1e6:.0f}"
             print(f"{kind}, iteration {trainer.current_epoch}: {said} MB", flush=True)
 
     run(folder / str(devices), case, devices, "shard" if devices > 1 else None, [Watch()])
@@ -207,6 +212,7 @@ def try_schemes(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    spare_imports()
     place, mode, first = Path(sys.argv[1]), sys.argv[2:], "LOCAL_RANK" not in os.environ
     if mode == ["memory"]:
         IMPORTS = status("VmRSS")
@@ -215,7 +221,7 @@ if __name__ == "__main__":
     elif mode == ["schemes"] and first:
         try_schemes(place)
     else:
-        cases = every_scheme() if mode else CASES
+        cases = every_scheme() if mode == ["schemes"] else {name: CASES[name] for name in mode}
         kinds = [(name, kind) for name, case in cases.items() for kind in (None, "shard") if kind is None or case.sharded]
         results = {(name, kind): run(place / f"{name}, {kind}", cases[name], 2, kind) for name, kind in kinds}
         torch.save(results, place / f"rank{torch.distributed.get_rank()}.pt")

@@ -44,7 +44,8 @@ class Ranks(DDPStrategy):
             module: Any = self.lightning_module
             several_nodes = self.sharding == "hybrid" and self.num_nodes > 1
             shape = (self.num_nodes, self.num_processes) if several_nodes else (self.world_size,)
-            module.shard(init_device_mesh(self.root_device.type, shape))
+            names = ("copies", "pieces")[-len(shape) :]
+            module.shard(init_device_mesh(self.root_device.type, shape, mesh_dim_names=names))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As ever; what is in pieces is in a folder beside it that every rank writes to, and whole before the file names it."""

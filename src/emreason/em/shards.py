@@ -124,7 +124,7 @@ class _Logprobs(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}  # the same memory
-        self.model = copy.deepcopy(model, own)  # type: ignore[arg-type]
+        self.model = copy.deepcopy(model, own)
 
     def forward(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
         return token_logprobs(self.model, input_ids, completion_mask, in_layers=True)

@@ -275,7 +275,8 @@ def share(model: nn.Module, dtype: torch.dtype, gpu: torch.device, pieces: int =
         gib = 2**30
         raise UserError(
             f"engine=vllm: of the GPU's {whole / gib:.0f} GiB training keeps {kept / gib:.0f} between its steps and leaves "
-            f"{max(left, 0) / gib:.0f} to vLLM, which needs over {needed / gib:.0f}; use peft=lora, trainer.strategy=shard, engine=inprocess or a smaller model."
+            f"{max(left, 0) / gib:.0f} to vLLM, which needs over {needed / gib:.0f}; use peft=lora, trainer.strategy=shard, "
+            "engine=inprocess or a smaller model."
         )
     return int(100 * left / whole) / 100
 
