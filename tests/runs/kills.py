@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from test_train import SMOKE, assert_same, learned
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -54,6 +55,7 @@ def start(command: str, arguments: list[str], output: Path, paid: Path | None = 
         if paid is not None:
             count(paid)
         sys.argv = [command, *arguments]
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning asks the environment once, when it is imported
         COMMANDS[command]()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
