@@ -196,6 +196,22 @@ def test_a_subset_is_not_the_head_of_the_file():
     assert [question.id for question in chosen][:3] == ["train-11", "train-43", "train-39"]  # on every machine, in every process
 
 
+@given(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=8), st.integers(1, 9))
+def test_questions_with_a_longer_choice_are_left_out_whichever_choice_is_right(lengths, most):
+    """By the right choice's length alone, the short ones would be the right ones."""
+    every = [
+        Question(f"q{i}", f"q {i}?", "AB"[i % 2], "choice", tuple(" ".join([f"{j}"] * n) for j, n in enumerate(ns)))
+        for i, ns in enumerate(lengths)
+    ]
+    kept = {f"q{i}" for i, ns in enumerate(lengths) if max(ns) <= most}
+    dataset = Dataset("d", lambda _: every, TEMPLATE, max_choice_words=most)
+    if not kept:
+        with pytest.raises(UserError, match="empty"):
+            dataset.questions("test")
+    else:
+        assert {question.id for question in dataset.questions("test")} == kept
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "10", True])
 def test_a_bad_limit(limit):
     with pytest.raises(UserError, match=r"dataset\.limit\.test must be a positive integer or null"):

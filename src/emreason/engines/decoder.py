@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
+from emreason.models.memory import trim
 from emreason.models.training.packed import attention, rotate
 
 PREFILL_TOKENS = 512
@@ -112,6 +113,8 @@ class FusedDecoder:
                     caches[i] = new
                 else:
                     caches.append(new)
+        if self.device.type == "cpu":
+            trim()  # what packing took in between, the narrower caches
         self.positions = torch.arange(width, device=self.device)
         tables = self.facts.tables(torch.empty(0, dtype=self.dtype, device=self.device), self.positions)
         self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}

@@ -58,10 +58,15 @@ def release_memory() -> None:
     import torch
 
     gc.collect()
-    if libc := _glibc():
-        libc.malloc_trim(0)
+    trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Give the holes between this process's tensors back to the system."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
 
 
 def let_go(tensor: Tensor) -> None:

@@ -36,6 +36,7 @@ class Dataset:
         limit: questions per split, null for all. Limited sets are nested, and the same for every seed of a run.
         drop_overlap: drop training questions whose text is also in validation or test.
         answer_as: how a choice question is answered, by the letter or by the text of the choice.
+        max_choice_words: leave out choice questions of which a choice has more words; null keeps all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Dataset:
     limit: Mapping[str, int | None] = field(default_factory=dict)
     drop_overlap: bool = False
     answer_as: Literal["letter", "text"] = "letter"
+    max_choice_words: int | None = None
     _loaded: dict[Split, list[Question]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class Dataset:
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
             try:
-                questions = [self._answered(question) for question in self.load(split)]
+                questions = [self._answered(question) for question in self.load(split) if self._short_enough(question)]
             except KeyError as error:
                 raise UserError(
                     f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
@@ -109,6 +111,9 @@ class Dataset:
         if self.answer_as not in ("letter", "text"):
             raise UserError(f"dataset.answer_as must be letter or text, not {self.answer_as!r}.")
         return replace(question, answer_as=self.answer_as) if question.kind == "choice" else question
+
+    def _short_enough(self, question: Question) -> bool:
+        return self.max_choice_words is None or all(len(choice.split()) <= self.max_choice_words for choice in question.choices)
 
     def understood(self) -> str:
         """What the data is, in one line: `1,000 questions (600 train, …), kind number, e.g. 'Ann buys …' → 8`."""

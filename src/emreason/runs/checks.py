@@ -107,6 +107,7 @@ ALLOWED = {
     "evaluation.baseline": some_of("validation", "test"),
     "dataset.drop_overlap": FLAG,
     "dataset.answer_as": one_of("letter", "text"),
+    "dataset.max_choice_words": or_null(whole(1)),
     "dataset.limit.train": or_null(whole(1)),
     "dataset.limit.validation": or_null(whole(1)),
     "dataset.limit.test": or_null(whole(1)),
