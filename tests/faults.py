@@ -216,8 +216,8 @@ FAULTS = [
     fault(
         "M-step: the last batch of a step alone counts",
         "em/m_step.py",
-        "        loss.backward()  # not",
-        "        model.zero_grad()\n        loss.backward()  # not",
+        "        (loss * scale).backward()  # not",
+        "        if batch.question_ids is batches[-1].question_ids:\n            (loss * scale).backward()  # not",
         "em/test_module.py::test_the_update_is_the_filtered_gradient_however_it_is_batched",
     ),
     fault(
@@ -324,6 +324,42 @@ FAULTS = [
         "if r.weight != 0]",
         "if r.weight > 0]",
         "schemes/test_weights.py::test_rloo_raises_right_and_lowers_wrong_completions",
+    ),
+    fault(
+        "shards: gradients are averaged",
+        "em/module.py",
+        "self.device, batch_idx, self._shards.ranks",
+        "self.device, batch_idx, 1",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[importance]",
+    ),
+    fault(
+        "shards: what a rank has less of counts",
+        "em/shards.py",
+        "nothing = Batch(ids, mask, torch.zeros(1),",
+        "mask[0, 1] = True\n        nothing = Batch(ids, mask, torch.ones(1),",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[none and all]",
+    ),
+    fault(
+        "shards: the weights of before the M-step",
+        "em/shards.py",
+        "        self.fresh = False\n        for parameter in self.whole.parameters():\n"
+        "            parameter.data = parameter.data.new_empty(0)\n",
+        "",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[importance]",
+    ),
+    fault(
+        "shards: the clipped norm is that of a rank's pieces",
+        "em/m_step.py",
+        "total.full_tensor() if isinstance",
+        "total.to_local() if isinstance",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[every option]",
+    ),
+    fault(
+        "shards: a resumed optimizer begins anew",
+        "em/shards.py",
+        '            set_optimizer_state_dict(self._logprobs, optimizer, state["optimizer"])',
+        "            optimizer.state.clear()",
+        "runs/test_interrupt.py::test_two_sharded_ranks_of_which_one_is_killed_go_on_as_one_and_as_two",
     ),
     fault(
         "ranks: every rank samples all questions",

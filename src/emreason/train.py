@@ -137,7 +137,9 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     return summary.values
 
 
-@out_of_memory_told("lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, or train an adapter (peft=lora)")
+@out_of_memory_told(
+    "lower m_step.tokens_per_batch, set m_step.gradient_checkpointing=true, train an adapter (peft=lora) or shard (trainer.strategy=shard)"
+)
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     import lightning as L
 
@@ -202,7 +204,7 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     from emreason.em.ranks import Ranks
     from emreason.tracking.recorder import JsonlLogger
 
-    several = {"strategy": Ranks()} if settings.several_ranks else {}
+    several = {"strategy": Ranks(settings.sharding)} if settings.several_ranks else {}
     loggers = [JsonlLogger(folder, keep_below=keep_below), *settings.loggers(folder)]
     make = functools.partial(
         settings.trainer,

@@ -101,9 +101,9 @@ def test_a_wrong_engine_and_wrong_gradients_are_seen(monkeypatch):
     assert found.wrong == ["logits differ by over 1e-3"]
     accumulate, calls = gpu_parts.accumulate, []
 
-    def drifts(model, *rest):
-        accumulate(model, *rest)
-        calls.append([p.grad.mul_(1 + 1e-3 * len(calls)) for p in model.parameters()])
+    def drifts(score, *rest):
+        accumulate(score, *rest)
+        calls.append([p.grad.mul_(1 + 1e-3 * len(calls)) for p in score.args[0].parameters()])
 
     monkeypatch.setattr(gpu_parts, "accumulate", drifts)
     found = gpu_parts.Findings("cpu")

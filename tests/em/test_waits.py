@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from emreason.em.m_step import accumulate
+from emreason.em.m_step import accumulate, scorer
 from emreason.models.batches import Batch, Example, Marks, Step, collate
 from emreason.models.tiny import load_tiny
 from emreason.scores import scoring
@@ -81,7 +81,7 @@ def test_on_real_tensors_a_step_is_looked_at_only_when_it_is_over(monkeypatch):
     model, _ = load_tiny("llama", seed=0)
     step = Step([batch_of([tuple(i % 90 for i in ids) for ids in prompts]) for prompts in (UNSHARED, SHARED)])
     with Looks() as looks:
-        accumulate(model, step, torch.device("cpu"), 0)
+        accumulate(scorer(model), step.batches, torch.device("cpu"), 0)
     print(dict(looks.found))
     assert dict(looks.found) == {"_local_scalar_dense": 1}
 

@@ -169,20 +169,22 @@ def model_of(billions: float, dtype: torch.dtype, trained: bool = True) -> torch
 
 
 @pytest.mark.parametrize(
-    ("billions", "dtype", "trained", "reserved", "left"),
+    ("billions", "dtype", "trained", "reserved", "left", "pieces"),
     [
-        (3.2, torch.bfloat16, True, 6, 0.92 * 79.6 - 14 * 3.2e9 / GIB),  # weights, masters, moments
-        (3.2, torch.bfloat16, True, 18, 0.92 * 79.6 - 14 * 3.2e9 / GIB),  # the same once the masters are there
-        (1.2, torch.float32, True, 5, 0.92 * 79.6 - 12 * 1.2e9 / GIB),
-        (8.0, torch.bfloat16, False, 15, 0.92 * 79.6 - 2 * 8e9 / GIB),
-        (8.0, torch.bfloat16, True, 15, None),
+        (3.2, torch.bfloat16, True, 6, 0.92 * 79.6 - 14 * 3.2e9 / GIB, 1),  # weights, masters, moments
+        (3.2, torch.bfloat16, True, 18, 0.92 * 79.6 - 14 * 3.2e9 / GIB, 1),  # the same once the masters are there
+        (1.2, torch.float32, True, 5, 0.92 * 79.6 - 12 * 1.2e9 / GIB, 1),
+        (8.0, torch.bfloat16, False, 15, 0.92 * 79.6 - 2 * 8e9 / GIB, 1),
+        (8.0, torch.bfloat16, True, 15, None, 1),
+        (8.0, torch.bfloat16, True, 20, 0.92 * 79.6 - (2 + 12 / 4) * 8e9 / GIB, 4),
+        (8.0, torch.bfloat16, False, 20, 0.92 * 79.6 - (2 + 2 / 4) * 8e9 / GIB, 4),
     ],
 )
-def test_its_share_is_what_training_leaves(monkeypatch, billions, dtype, trained, reserved, left):
+def test_its_share_is_what_training_leaves(monkeypatch, billions, dtype, trained, reserved, left, pieces):
     """An 80 GB GPU; before, half of it was asked for, which no longer fitted after a 3B's first step."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int((79.6 - reserved) * GIB), int(79.6 * GIB)))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(reserved * GIB))
-    ask = lambda: share(model_of(billions, dtype, trained), torch.bfloat16, torch.device("cuda"))  # noqa: E731
+    ask = lambda: share(model_of(billions, dtype, trained), torch.bfloat16, torch.device("cuda"), pieces)  # noqa: E731
     if left is None:
         with pytest.raises(UserError, match=r"of the GPU's 80 GiB training keeps 104 .* peft=lora"):
             ask()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from emreason.em.m_step import accumulate
+from emreason.em.m_step import accumulate, scorer
 from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models import footprint as sizes
-from emreason.models.batches import Example, Step, collate
+from emreason.models.batches import Example, collate
 from emreason.models.footprint import Work, footprint, read_shape
 from emreason.models.loading import add_lora, load_package
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
@@ -68,7 +68,7 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
         map_large_blocks()
         phase[0] = "M-step"
         rows = [Example(str(i), tuple(range(9 + i, 9 + i + LENGTH // 2)), tuple(range(i, i + LENGTH // 2))) for i in range(SEQUENCES)]
-        accumulate(model.train(), Step([collate(rows, [0.1] * SEQUENCES, 0)] * 2), torch.device("cpu"), 0)
+        accumulate(scorer(model.train()), [collate(rows, [0.1] * SEQUENCES, 0)] * 2, torch.device("cpu"), 0)
         optimizer.step()
         optimizer.zero_grad()
         phase[0] = "between"

@@ -9,7 +9,7 @@ from collections import deque
 import pytest
 import torch
 
-from emreason.em.m_step import MStep, accumulate
+from emreason.em.m_step import MStep, accumulate, scorer
 from emreason.em.module import EMModule
 from emreason.engines.decoder import make_decoder
 from emreason.engines.forward import BatchedDecoder
@@ -51,7 +51,7 @@ def test_adapters_learn_on_it_and_it_is_decoded_from_what_it_is(folder, quantiza
     frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     before, losses = weights_fingerprint(model), []
     for _ in range(6):
-        losses.append(float(accumulate(model.train(), a_step(tokenizer), torch.device("cpu"), 0)[0]))
+        losses.append(float(accumulate(scorer(model.train()), a_step(tokenizer).batches, torch.device("cpu"), 0)[0]))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.8 * losses[0]

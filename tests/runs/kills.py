@@ -1,6 +1,7 @@
-"""Runs that are killed, and runs that are asked to stop; both modes print what came of it as JSON.
+"""Runs that are killed, and runs that are asked to stop; all modes print what came of it as JSON.
 
     PYTHONPATH=tests python tests/runs/kills.py kill FOLDER KILLS SEED [OVERRIDE...]
+    PYTHONPATH=tests python tests/runs/kills.py shards FOLDER KILLS
     PYTHONPATH=tests python tests/runs/kills.py stop FOLDER
 
 The package is imported once and every run is a fork, so that a kill costs the run and not the imports. A fork calls what the console
@@ -9,19 +10,26 @@ script calls, in a process of its own.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_only
 from test_train import SMOKE, assert_same, learned
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from emreason import evaluate, train
 from emreason.runs import journal
@@ -48,6 +56,7 @@ def start(command: str, arguments: list[str], output: Path, paid: Path | None = 
         if paid is not None:
             count(paid)
         sys.argv = [command, *arguments]
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning asks the environment once, when it is imported
         COMMANDS[command]()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -213,6 +222,93 @@ def stop(folder: Path) -> list[dict]:
     return found
 
 
+PARTS = {"checkpoint": "checkpoints/last-*/*", "m-step": "metrics.jsonl", "e-step": "rationales/*.jsonl", "evaluation": "predictions/v*"}
+TWO = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NODE_RANK": "0"}
+
+
+def start_two(arguments: list[str], output: Path) -> list[int]:
+    """The same command as two ranks; their process ids."""
+    before = dict(os.environ)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(TWO, MASTER_PORT=str(free.getsockname()[1]))
+    children = []
+    for rank in "01":
+        os.environ["LOCAL_RANK"] = rank
+        children.append(start("emreason", [*arguments, "trainer.devices=2"], output))
+    os.environ.clear()
+    os.environ.update(before)
+    return children
+
+
+def never() -> bool:
+    return False
+
+
+def grown(pattern: str, folder: Path, before: int) -> bool:
+    return size(pattern, folder=folder) > before
+
+
+def shards(folder: Path, kills: int) -> dict:
+    """Two sharded ranks of which one is killed, in part after part: the other must end, too, and the run go on, on one rank and on two."""
+    folder.mkdir(parents=True)
+    scored = ["evaluation.bound=2", "evaluation.diagnostics=[kl,faithfulness]", "evaluation.baseline=[]", "trainer.strategy=shard"]
+    arguments = [*SMOKE, *scored, "dataset.limit.train=20", "dataset.limit.validation=5", "dataset.limit.test=3"]
+    hit, waits, log = Counter[str](), [], folder / "log"
+
+    def finish(name: str, epochs: int, ranks: int) -> None:
+        command = [*arguments, f"trainer.max_epochs={epochs}", f"hydra.run.dir={folder / name}"]
+        children = [start("emreason", command, log)] if ranks == 1 else start_two(command, log)
+        assert [stop_when(child, never, 0)[1] for child in children] == [0] * ranks, log.read_text()
+
+    finish("whole", 3, 2)
+    for number in range(kills):
+        part, victim = list(PARTS)[number % len(PARTS)], number % 2
+        name = folder / "run"
+        done = len(list(name.glob("checkpoints/last-*")))
+        children = start_two([*arguments, "trainer.max_epochs=3", f"hydra.run.dir={name}"], log)
+        before = size(PARTS[part], folder=name)
+        moment = functools.partial(grown, PARTS[part], name, before)
+        killed, _ = stop_when(children[victim], moment, signal.SIGKILL)
+        began = time.monotonic()
+        code = stop_when(children[1 - victim], never, 0)[1]
+        hit[f"{part}, rank {victim}"] += killed
+        waits.append(round(time.monotonic() - began, 1))
+        assert killed, log.read_text()
+        assert code != 0, log.read_text()
+        assert len(list(name.glob("checkpoints/last-*"))) <= done + 2
+    done = json.loads((folder / "run" / "summary.json").read_text())["iterations"] if kills else []
+    finish("run", min(len(done) + 1, 3), 1)
+    finish("run", 3, 2)
+    assert alike(learned(folder / "run")[1:], learned(folder / "whole")[1:])
+    ours, whole = (_load_state_dict_from_keys(checkpoint_id=folder / name / "checkpoints" / "last-002") for name in ("run", "whole"))
+    apart = {
+        "weights": max(difference(ours["weights"][name], weight) for name, weight in whole["weights"].items()),
+        "moments": max(
+            difference(ours["optimizer"]["state"][name]["exp_avg"], moments["exp_avg"])
+            for name, moments in whole["optimizer"]["state"].items()
+        ),
+    }
+    assert [p.name for p in sorted((folder / "run" / "checkpoints").iterdir())] == ["best.ckpt", "last-002", "last.ckpt"]
+    return {"kills": hit.total(), "parts": dict(hit), "longest_wait": max(waits, default=0), "apart": apart}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def alike(a: Any, b: Any) -> bool:
+    """The same but for the last digits of numbers: two ranks and one sum in another order."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=2e-3) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
 if __name__ == "__main__":
     mode, place, *rest = sys.argv[1:]
+    if mode == "shards":
+        print(json.dumps(shards(Path(place), int(rest[0]))))
+        sys.exit()
     print(json.dumps(stop(Path(place)) if mode == "stop" else run(Path(place), int(rest[0]), int(rest[1]), rest[2:])))

@@ -220,10 +220,9 @@ CASES: dict[str, Case] = {
     "no device": smoke("trainer.devices=0", words=["trainer.devices=0", "number of devices"]),
     "more devices than there are": smoke("trainer.devices=4000", words=["trainer.devices=4000", "at most"]),
     "unknown accelerator": smoke("trainer.accelerator=abacus", words=["trainer.accelerator=abacus", "gpu"]),
-    "FSDP": smoke("trainer.strategy=fsdp", words=["trainer.strategy=fsdp", "not supported", "peft=lora"]),
-    "DeepSpeed": smoke("trainer.strategy=deepspeed_stage_3", words=["trainer.strategy=deepspeed_stage_3", "ddp"]),
+    "DeepSpeed": smoke("trainer.strategy=deepspeed_stage_3", words=["trainer.strategy=deepspeed_stage_3", "ddp", "shard", "hybrid"]),
     "model parallel": smoke(
-        "trainer.strategy={_target_: lightning.pytorch.strategies.ModelParallelStrategy}", words=["trainer.strategy", "not supported"]
+        "trainer.strategy={_target_: lightning.pytorch.strategies.ModelParallelStrategy}", words=["trainer.strategy", "it must be auto"]
     ),
     "unknown precision": smoke("engine.dtype=float7", words=["engine.dtype=float7", "bfloat16"]),
     "no row to decode": smoke("engine.max_batch=0", words=["engine.max_batch=0", "at least 1"]),

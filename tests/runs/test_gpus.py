@@ -155,6 +155,13 @@ def test_only_several_ranks_need_a_strategy():
     assert not read(compose_config("experiment=smoke")).several_ranks
     assert read(compose_config("experiment=smoke", "trainer.devices=2")).several_ranks
     assert read(compose_config("experiment=smoke", "trainer.strategy=ddp")).several_ranks
+    kinds = {name: read(compose_config("experiment=smoke", f"trainer.strategy={name}")) for name in ("ddp", "shard", "fsdp", "hybrid")}
+    assert {name: (kind.several_ranks, kind.sharding) for name, kind in kinds.items()} == {
+        "ddp": (True, None),
+        "shard": (True, "shard"),
+        "fsdp": (True, "shard"),
+        "hybrid": (True, "hybrid"),
+    }
 
 
 def test_ranks_wait_for_days_for_what_may_take_hours(monkeypatch):

@@ -22,7 +22,7 @@ from emreason.bench.gpu_runs import runs
 from emreason.bench.peak import matmul_peak
 from emreason.em import ranks
 from emreason.em.checkpoints import AtomicCheckpointIO
-from emreason.em.m_step import accumulate
+from emreason.em.m_step import accumulate, scorer
 from emreason.engines import inprocess
 from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw
@@ -154,7 +154,7 @@ def gradients(found: Findings) -> None:
     step, got = Step([collate(examples, [0.2] * 5, 0)]), []
     for device in (torch.device("cpu"), found.device):
         model = nn.Module.to(load_tiny("llama", seed=0)[0], device)
-        accumulate(model, step, device, 0)
+        accumulate(scorer(model), step.batches, device, 0)
         got.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
     found.values["gradients_differ_by"] = apart = float((got[0] - got[1]).norm() / got[0].norm())
     found.expect(apart <= 1e-4, "gradients differ from a CPU's by over 1e-4")
@@ -188,7 +188,7 @@ def out_of_memory(found: Findings) -> None:
     model = found.model(SMALL | {"hidden_size": 512, "intermediate_size": 2048})
     tokenizer, prompts = tiny_tokenizer(), [[5, 6, 7]] * 64
     step = Step([collate([Example("a", (5, 6, 7), tuple(range(4, 400)))], [1.0], 0)])
-    accumulate(model, step, found.device, 0)
+    accumulate(scorer(model), step.batches, found.device, 0)
     make_decoder(model.eval())  # what is checked once of each forward pass is not what shall run out of memory
     ours = InProcessEngine(model, tokenizer, max_batch=64)
     requests = deque(Request(i, tuple(p), SamplingParams(max_new_tokens=4), i) for i, p in enumerate(prompts))
@@ -204,12 +204,12 @@ def out_of_memory(found: Findings) -> None:
             found.expect("smaller model" in str(error), f"{name}: another advice")
     try:
         with little_memory(found, (torch.nn.functional, "linear")):
-            accumulate(model.train(), step, found.device, 0)
+            accumulate(scorer(model.train()), step.batches, found.device, 0)
         found.expect(False, "the M-step went on without memory")
     except RuntimeError as error:
         found.values["in the M-step"] = type(error).__name__
         found.expect(isinstance(error, torch.OutOfMemoryError), f"in the M-step: {error}")
-    accumulate(model, step, found.device, 0)  # and afterwards it goes on
+    accumulate(scorer(model), step.batches, found.device, 0)  # and afterwards it goes on
 
 
 def decoding(found: Findings) -> None:
@@ -267,9 +267,9 @@ def m_step(found: Findings) -> None:
             examples = [Example(str(i), tuple(range(5 + i, 133 + i)), tuple(range(5, 133))) for i in range(tokens // 256)]
             step = Step([collate(examples, [1 / len(examples)] * len(examples), 0)])
             try:
-                accumulate(model, step, found.device, 0)
+                accumulate(scorer(model), step.batches, found.device, 0)
                 found.clear()
-                seconds = found.seconds(functools.partial(accumulate, model, step, found.device, 0))
+                seconds = found.seconds(functools.partial(accumulate, scorer(model), step.batches, found.device, 0))
             except torch.OutOfMemoryError:
                 found.values[name] = "out of memory"
                 release_memory()

@@ -33,6 +33,13 @@ def refuse_ended(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
         )
 
 
+def refuse_other_kind(checkpoint: dict[str, Any], sharded: bool) -> None:
+    """Raises UserError where training would go on, sharded, from a checkpoint that is not, or the other way round."""
+    if "optimizer_states" in checkpoint and ("shards" in checkpoint) != sharded:
+        begun, mend = ("without", "auto") if sharded else ("with", "shard")
+        raise UserError(f"This run was begun {begun} sharding: go on with trainer.strategy={mend}, or begin again with overwrite=true.")
+
+
 def iterations_in(checkpoint: Path) -> int:
     """EM iterations that a checkpoint file completes.
 

@@ -84,6 +84,7 @@ class EStep(Callback):
             UserError: nothing was accepted and `m_step.on_zero_accepted` is `error`; or the journal was drawn under other conditions.
         """
         watch = Stopwatch()
+        module.gather()
         self.journal.check(iteration, self.conditions(module), write=trainer.is_global_zero)
         replayed = self.journal.read(iteration)
         trainer.strategy.barrier("journal read")

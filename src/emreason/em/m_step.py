@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from emreason.models.batches import Step, to
+from emreason.models.batches import Batch, Step, to
 from emreason.scores.scoring import token_logprobs
 from emreason.types import UserError
 
@@ -46,25 +48,38 @@ class MStep:
     on_zero_accepted: Literal["error", "skip"] = "error"
 
 
-def accumulate(model: nn.Module, step: Step, device: torch.device, index: int) -> Tensor:
+def scorer(model: nn.Module) -> Callable[[Batch], Tensor]:
+    """`token_logprobs` of a batch, by `model`."""
+    return functools.partial(_logprobs, model)
+
+
+def _logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    return token_logprobs(model, batch.input_ids, batch.completion_mask, marks=batch.marks)
+
+
+def accumulate(score: Callable[[Batch], Tensor], batches: Sequence[Batch], device: torch.device, index: int, scale: float = 1.0) -> Tensor:
     """Add the gradients of this rank's batches up; returns [2] float64: the summed NLL (nats) and the number of supervised tokens.
+
+    Args:
+        score: log-probabilities [supervised tokens] of a batch, by the model that is trained.
+        scale: of the gradients.
 
     Raises:
         UserError: the loss is not finite; the message names the questions of the batch.
     """
     sums = torch.zeros(2, device=device, dtype=torch.float64)
     losses = []
-    for batch in step.batches:
-        logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, marks=batch.marks)
+    for batch in batches:
+        logprobs = score(batch)
         rows, weights = to(device, batch.marks.rows), to(device, batch.weights)
         per_row = torch.zeros_like(weights).index_add(0, rows, -logprobs)
         loss = (per_row * weights).sum()
-        loss.backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
+        (loss * scale).backward()  # not manual_backward: DDP would all-reduce every batch, and ranks may have different numbers of them
         losses.append(loss.detach())
         sums[0] += per_row.detach().sum()
         sums[1] += len(logprobs)
     # looked at once a step: a GPU is not waited for after every batch
-    for batch, finite in zip(step.batches, torch.stack(losses).isfinite().tolist() if losses else [], strict=True):
+    for batch, finite in zip(batches, torch.stack(losses).isfinite().tolist() if losses else [], strict=True):
         if not finite:
             raise _not_finite("loss", index, batch.question_ids)
     return sums
@@ -77,6 +92,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step,
         UserError: it is not finite; the message names the step's questions.
     """
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    total = total.full_tensor() if isinstance(total, DTensor) else total
     norm = float(total)
     if not math.isfinite(norm):
         raise _not_finite("gradient", index, [i for batch in step.batches for i in batch.question_ids])

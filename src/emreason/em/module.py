@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from emreason.em import checkpoints, evaluation, ranks
 from emreason.em.evaluation import Evaluation
-from emreason.em.m_step import MStep, accumulate, clip
-from emreason.models.batches import Step
+from emreason.em.m_step import MStep, accumulate, clip, scorer
+from emreason.em.shards import Shards
+from emreason.engines.vllm import VllmEngine
+from emreason.models.batches import Batch, Step
 from emreason.models.masters import master_weights, publish
 from emreason.questions.prompts import Prompts
 from emreason.scores.scoring import Prediction, Stopwatch
@@ -59,6 +63,8 @@ class EMModule(L.LightningModule):
         self._base = [p.detach().cpu().clone() for p in self.trainable()] if m_step.init == "base" else []
         self._masters: list[nn.Parameter] = []
         self._restored_masters: list[Tensor] | None = None
+        self._shards: Shards | None = None
+        self._restored_shards: Path | None = None
         if m_step.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -69,11 +75,28 @@ class EMModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ARG002
         return batch  # questions stay where they are; a step's batches move one at a time
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Train pieces of the weights over the ranks of `mesh`."""
+        self._shards = Shards(self.model, mesh, self.seed)
+        if isinstance(self.engine, VllmEngine):
+            self.engine.pieces = mesh.size(mesh.ndim - 1)
+        if self.m_step.init == "base":
+            self._base = [piece.cpu().clone() for piece in self._shards.pieces()]
+
+    def gather(self) -> None:
+        """See that the model has the weights that were trained last; all ranks call it where they may differ in what they do next."""
+        if self._shards is not None:
+            self._shards.gather()
+
     # ---- M-step ----------------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         parameters = self.trainable()
-        if any(p.dtype == torch.bfloat16 for p in parameters):
+        if self._shards is not None:
+            optimizer = self.make_optimizer(self._shards.trained())
+            if self._restored_shards is not None:
+                self._shards.load(self._restored_shards, optimizer if self.m_step.optimizer == "carry" else None)
+        elif any(p.dtype == torch.bfloat16 for p in parameters):
             self._masters = master_weights(parameters, self._restored_masters)
             self._restored_masters = None
             optimizer = self.make_optimizer(self._masters)
@@ -92,7 +115,8 @@ class EMModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         if self.m_step.init == "base":
             with torch.no_grad():
-                for parameter, base in zip(self.trainable(), self._base, strict=True):
+                trained = self.trainable() if self._shards is None else self._shards.pieces()
+                for parameter, base in zip(trained, self._base, strict=True):
                     parameter.copy_(base)
                 for master, base in zip(self._masters, self._base, strict=False):
                     master.copy_(base)
@@ -100,6 +124,8 @@ class EMModule(L.LightningModule):
             optimizer.optimizer.state.clear()
             schedule: Any = self.lr_schedulers()
             schedule.last_epoch = 0
+        if self._shards is not None:
+            self._shards.release()
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         """One optimizer step of the filtered gradient update.
@@ -109,10 +135,16 @@ class EMModule(L.LightningModule):
         """
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        totals = ranks.total(accumulate(self.model, step, self.device, batch_idx)).cpu()
+        work: tuple[Callable[[Batch], Tensor], Sequence[Batch], torch.device, int, int]
+        if self._shards is not None:  # FSDP2 takes the mean over ranks
+            work = self._shards.logprobs, self._shards.padded(step.batches, self.device), self.device, batch_idx, self._shards.ranks
+        else:
+            work = scorer(self.model), step.batches, self.device, batch_idx, 1
+        totals = ranks.total(accumulate(*work)).cpu()
         if not totals[1]:
             return  # an iteration skipped for want of accepted rationales
-        ranks.sum_gradients(parameters)
+        if self._shards is None:
+            ranks.sum_gradients(parameters)
         norm = clip(parameters, self.m_step.max_grad_norm, step, batch_idx)
         schedule: Any = self.lr_schedulers()
         left = 1 - batch_idx / float(self.trainer.num_training_batches) if self.m_step.decay else 1.0
@@ -127,8 +159,11 @@ class EMModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """The test needs neither moments, which Lightning would copy to the host, nor masters, which hooks hold on to."""
+        self.gather()
+        self._shards = None
         for optimizer in self.trainer.strategy.optimizers:
             optimizer.state.clear()
+            optimizer.param_groups.clear()
         for master in self._masters:
             master.data = master.data.new_empty(0)
 
@@ -157,6 +192,7 @@ class EMModule(L.LightningModule):
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
         self.finish_m_step()
+        self.gather()
         self._evaluation_step(questions, "validation", f"Validation {self.current_epoch}")
 
     def test_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
@@ -177,14 +213,20 @@ class EMModule(L.LightningModule):
             return  # weights alone
         # the optimizer is most of a checkpoint: not where nothing will read it
         ended = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
-        if ended and not self.extendable:
-            checkpoint |= {"optimizer_states": [], "ended": True}
-            return
-        if self.m_step.optimizer == "reset":
+        keep = self.m_step.optimizer == "carry" and (self.extendable or not ended)
+        if self._shards is not None:
+            optimizer: Any = self.optimizers()
+            checkpoint |= {"state_dict": {}, "shards": self._shards.state(optimizer.optimizer if keep else None)}
+        if not keep or self._shards is not None:
             checkpoint["optimizer_states"] = []
+        if ended and not self.extendable:
+            checkpoint["ended"] = True
+            return
         if self._masters:
             checkpoint["master_weights"] = [m.detach() for m in self._masters]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.refuse_ended(checkpoint, self.trainer.max_epochs)
+        checkpoints.refuse_other_kind(checkpoint, getattr(self.trainer.strategy, "sharding", None) is not None)
+        self._restored_shards = checkpoint.get("shards")
         self._restored_masters = checkpoint.get("master_weights")

@@ -77,6 +77,7 @@ class VllmEngine:
         config = base_causal_lm(model).config
         self.context = max_length or int(getattr(config, "max_position_embeddings", None) or 2048)
         self.options = {"max_num_seqs": max_batch, **(options or {})}
+        self.pieces = 1
         self._vllm: Server | LocalVllm | None = None
         self._held: int | None = None
         self._newline: dict[int, bool] = {}
@@ -186,7 +187,7 @@ class VllmEngine:
         gpu = next(self.model.parameters()).device
         if gpu.type == "cuda":
             release_memory()
-            options |= {} if self.memory is not None else {"gpu_memory_utilization": share(self.model, self.dtype, gpu)}
+            options |= {} if self.memory is not None else {"gpu_memory_utilization": share(self.model, self.dtype, gpu, self.pieces)}
         with apart(gpu, int(self.options.get("tensor_parallel_size", 1))):
             return vllm.LLM(
                 model=str(folder),
@@ -252,10 +253,10 @@ class LocalVllm:
         self.asleep = False
 
 
-def share(model: nn.Module, dtype: torch.dtype, gpu: torch.device) -> float:
+def share(model: nn.Module, dtype: torch.dtype, gpu: torch.device, pieces: int = 1) -> float:
     """The share of a GPU's memory that training leaves: what is free or ours, less weights, fp32 masters and Adam's moments.
 
-    Gradients and activations are not there while vLLM is awake.
+    Gradients and activations are not there while vLLM is awake. Of `pieces` that the M-step trains over ranks this GPU has one.
 
     Raises:
         UserError: it does not hold vLLM's weights.
@@ -263,14 +264,19 @@ def share(model: nn.Module, dtype: torch.dtype, gpu: torch.device) -> float:
     free, whole = torch.cuda.mem_get_info(gpu)
     ours = free + torch.cuda.memory_reserved(gpu)
     trained = [p for p in model.parameters() if p.requires_grad]
-    kept = sum(p.nbytes for p in model.parameters()) + sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)
+    kept = sum(p.nbytes for p in model.parameters())
+    if pieces == 1:
+        kept += sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)
+    else:
+        kept += sum(12 * p.numel() if p.requires_grad else p.nbytes for p in model.parameters()) // pieces
     left = ours - kept - SPARE * whole
     needed = 1.1 * sum(p.numel() for p in model.parameters()) * dtype.itemsize
     if left < needed:
         gib = 2**30
         raise UserError(
             f"engine=vllm: of the GPU's {whole / gib:.0f} GiB training keeps {kept / gib:.0f} between its steps and leaves "
-            f"{max(left, 0) / gib:.0f} to vLLM, which needs over {needed / gib:.0f}; use peft=lora, engine=inprocess or a smaller model."
+            f"{max(left, 0) / gib:.0f} to vLLM, which needs over {needed / gib:.0f}; use peft=lora, trainer.strategy=shard, "
+            "engine=inprocess or a smaller model."
         )
     return int(100 * left / whole) / 100
 

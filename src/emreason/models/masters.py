@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor
     return masters
 
 
-def publish(masters: Sequence[Tensor], parameters: Sequence[Tensor], seed: int) -> None:
-    """Write each master into its bfloat16 parameter, rounded up or down so that it is right in expectation.
+def publish(masters: Iterable[Tensor], parameters: Sequence[Tensor], seed: int) -> None:
+    """Write each master into its parameter; into a bfloat16 one rounded up or down so that it is right in expectation.
 
     Rounding to nearest loses what an EM iteration learns: masters start on bfloat16's grid, where a weight of .031 has its neighbours
     2.4e-4 away, and fall back to where they were until a dozen of updates have added up. Here a weight moves on once its master has come
@@ -48,7 +48,10 @@ def publish(masters: Sequence[Tensor], parameters: Sequence[Tensor], seed: int) 
     """
     for number, (master, parameter) in enumerate(zip(masters, parameters, strict=True)):
         key = int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest(), "little")
-        dithered(master, key, out=parameter)
+        if parameter.dtype == torch.bfloat16:
+            dithered(master, key, out=parameter)
+        else:
+            parameter.copy_(master)
 
 
 @torch.no_grad()

@@ -54,6 +54,9 @@ def some_of(*names: str) -> Allowed:
 
 
 FLAG = one_of(True, False)
+SHARDING = {"shard": "shard", "fsdp": "shard", "model_parallel": "shard", "hybrid": "hybrid"}
+"""What `trainer.strategy` may say to train pieces of the weights, and how `Ranks` cuts them."""
+
 _BETAS = Allowed(
     "two numbers in [0, 1)",
     lambda v: v is None or (OmegaConf.is_list(v) and len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v)),
@@ -186,11 +189,10 @@ def _check_devices(cfg: DictConfig) -> None:
     """Devices that are there, and strategies under which the M-step's own gradient sum over ranks is right."""
     accelerator, devices = cfg.trainer.get("accelerator", "auto"), cfg.trainer.get("devices", 1)
     strategy = cfg.trainer.get("strategy", "auto")
-    if strategy not in ("auto", "ddp"):
+    if strategy not in ("auto", "ddp", *SHARDING):
         raise UserError(
-            f"trainer.strategy={strategy}: it must be auto or ddp. Sharded training (FSDP, DeepSpeed, model parallel) is not supported: "
-            "the engine samples from the whole weights. For a model too large for one device use peft=lora, engine.dtype=bfloat16 or "
-            "m_step.gradient_checkpointing=true."
+            f"trainer.strategy={strategy}: it must be auto, ddp, shard (what is trained in pieces over all ranks, by FSDP2) or hybrid "
+            "(over those of a node); DeepSpeed and other ways of Lightning's do not fit an M-step that sums gradients itself."
         )
     import torch
 

@@ -19,7 +19,7 @@ from emreason.models.sizes import describe
 from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import check_arguments, check_plain, check_values, quoted, try_optimizer
+from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted, try_optimizer
 from emreason.runs.console import quiet
 from emreason.runs.keys import flatten
 from emreason.runs.needs import free_on_host, needs
@@ -97,6 +97,7 @@ class Settings:
     optimizer: Callable[..., Any]
     trainer: Callable[..., Any]
     several_ranks: bool
+    sharding: Any
     loggers: Callable[[Path], list[Any]]
     callbacks: list[Any]
     build: Callable[[str | None], Experiment]
@@ -150,7 +151,8 @@ def read(cfg: DictConfig) -> Settings:
         evaluation=make(cfg.evaluation),
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True, accelerator=on(cfg)),
-        several_ranks=cfg.trainer.get("strategy") == "ddp" or ranks_of(cfg) > 1,
+        several_ranks=cfg.trainer.get("strategy", "auto") != "auto" or ranks_of(cfg) > 1,
+        sharding=SHARDING.get(cfg.trainer.get("strategy", "auto")),
         loggers=lambda folder: [_logger(node, folder) for node in _named(cfg.logger)],
         callbacks=[make(node) for node in _named(cfg.callbacks)],
         build=lambda dtype: build(cfg, dtype),

@@ -176,6 +176,7 @@ def token_logprobs(
     chunk: int = 256,
     temperature: float = 1.0,
     marks: Marks | None = None,
+    in_layers: bool = False,
 ) -> Tensor:
     """log π(token | everything before it), nats, of the tokens that `completion_mask` marks; differentiable.
 
@@ -188,6 +189,7 @@ def token_logprobs(
         completion_mask: [rows, length] bool; the first column must be False (nothing comes before it).
         temperature: of softmax(logits / temperature).
         marks: `marks_of` the two, if they are known.
+        in_layers: pass every layer once, by its own forward, as hooks on layers need it.
 
     Returns:
         [number of marked tokens] float32, row by row, on the model's device.
@@ -196,9 +198,9 @@ def token_logprobs(
     decoder, device = causal_lm.base_model, next(model.parameters()).device
     marks = marks or marks_of(input_ids, completion_mask)
     shared, (rows, at, targets) = marks.shared, (to(device, t) for t in (marks.rows, marks.at, marks.targets))
-    if can_pack_rows(causal_lm):
+    if not in_layers and can_pack_rows(causal_lm):
         states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
-    elif shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
+    elif in_layers or shared < MIN_SHARED or causal_lm.is_gradient_checkpointing:
         hidden = decoder(input_ids=to(device, input_ids), use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, at)
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V
