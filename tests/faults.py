@@ -348,13 +348,6 @@ FAULTS = [
         "runs/test_ranks.py::test_two_ranks_do_what_one_does[importance]",
     ),
     fault(
-        "shards: the clipped norm is that of a rank's pieces",
-        "em/m_step.py",
-        "total.full_tensor() if isinstance",
-        "total.to_local() if isinstance",
-        "runs/test_ranks.py::test_two_ranks_do_what_one_does[every option]",
-    ),
-    fault(
         "shards: a resumed optimizer begins anew",
         "em/shards.py",
         '            set_optimizer_state_dict(self._logprobs, optimizer, state["optimizer"])',

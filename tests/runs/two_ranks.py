@@ -63,7 +63,7 @@ class Case:
 
 
 SOME = Case(5, lambda i, _: i != 2)
-EVERY_OPTION = {"gradient_checkpointing": True, "max_grad_norm": 0.5, "decay": True, "warmup_steps": 1, "optimizer": "reset", "epochs": 2}
+EVERY_OPTION = {"gradient_checkpointing": True, "max_grad_norm": 0.1, "decay": True, "warmup_steps": 1, "optimizer": "reset", "epochs": 2}
 EVERY_OPTION |= {"init": "base", "normalize": "tokens", "tokens_per_batch": 60}
 CASES = {
     "none and all": Case(6, lambda i, _: i % 2 == 1, sharded=True),
