@@ -31,7 +31,8 @@ def write_sick(folder, **more):
     """A run that ends in bare answers: 0, 30, 60 and 90 % of what is accepted."""
     write_run(folder, "pps", text="It is so.\nAnswer: 15", **more)
     with_iterations(folder, lambda n, i: i["e_step"].update(trivial_rate=0.2 * n, answer_first_rate=0.1 * n))
-    for n, path in list(enumerate(sorted((folder / "rationales").iterdir())))[2:]:
+    for n in range(2, more.get("iterations", 4)):
+        path = folder / f"rationales/iteration={n:03d}.jsonl"
         rows = [json.loads(line) | {"text": "Answer: 15", "logprob": -0.5 * n} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
