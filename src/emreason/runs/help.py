@@ -29,8 +29,7 @@ emreason: a language model learns to reason from questions and answers alone, by
 The E-step samples rationales and keeps those that lead to the right answer; the M-step trains on them (arXiv:2512.20169).
 
   emreason experiment=smoke                        the whole loop on a tiny random model, in seconds
-  emreason dataset=sums sampler=pps seed=2         one run; the same command again resumes it
-  emreason dataset=sums sampler=pps plan=true      what would be run, and nothing more
+  emreason dataset=sums sampler=pps seed=2         one run; again: resumes it; plan=true: what it would do
   emreason -m sampler=rs,star,pps seed=1,2,3       a sweep; ends with the comparison
   emreason-eval run=outputs/…                      evaluate a finished run or a base model
   emreason-report outputs/…                        tables and figures over run folders
