@@ -35,9 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## compare the sampling schemes with a real model on real questions, on a CPU
 	$(BIN)/python -m emreason.questions.mirror .data/hub
-	$(BIN)/emreason -m experiment=demo sampler=rs,star,pps
-	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason experiment=demo_arc sampler=star dataset.limit.train=16 dataset.limit.test=16
-	$(BIN)/emreason-report outputs/demo/sums --out outputs/demo/report
+	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo sampler=rs,star,pps
+	$(BIN)/emreason-report outputs/demo/arc_easy_words --out outputs/demo/report
 
 study: $(STAMP)  ## the equal-compute study: schemes x 3- and 4-term sums x 5 seeds at equal generated tokens, then the report (hours)
 	$(BIN)/emreason -m experiment=study,study_4 sampler=$(STUDY_SCHEMES) seed=$(STUDY_SEEDS) $(STUDY)

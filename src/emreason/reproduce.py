@@ -72,7 +72,7 @@ def parts(scale: str, qwen: str | None = None) -> list[Part]:
         return [Part("a tiny random model", "paper-tiny", models, ("sums",), ("rs-8", "pps-1"), (1, 2), 5, tiny)]
     smollm2 = {"smollm2_135m": "smollm2_135m"}
     grids = [
-        Part("SmolLM2-135M on sums", "paper-cpu", smollm2, ("sums",), SCHEMES, SEEDS, 100, ("experiment=demo",)),
+        Part("SmolLM2-135M on sums", "paper-cpu", smollm2, ("sums",), SCHEMES, SEEDS, 100, ("experiment=demo_sums",)),
         Part("SmolLM2-135M on 32 real questions (the pipeline)", "paper-cpu", smollm2, REAL, SCHEMES, (1,), 40, ("experiment=demo_arc",)),
     ]
     if qwen:
