@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import pytest
 from gguf_file import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emreason.models.footprint import GIB, Shape, Work, footprint, read_shape, trained
+from emreason.engines.decoder import PREFILL_TOKENS
+from emreason.engines.inprocess import InProcessEngine
+from emreason.models.footprint import GIB, HEAD_CHUNK, KEPT_PREFIXES, PREFILL, Shape, Work, footprint, read_shape, trained
 from emreason.models.loading import add_lora
 from emreason.models.sizes import config, parameters
+from emreason.scores.scoring import token_logprobs
 
 WORK = Work("cuda", "bfloat16", "inprocess", None, True, 128, 192, 256, 16_384, True)
 LLAMA = {
@@ -44,6 +48,13 @@ def test_a_table_made_by_hand(name):
     assert sum(m.values()) - m["activations"] - head - m["libraries"] == pytest.approx(m_step, rel=0.02)
     assert "packed copy" not in e
     assert m["activations"] == pytest.approx(ACTIVATIONS[name], rel=0.6)  # there of one layer, here of the one that is computed again, too
+
+
+def test_what_is_written_here_again_is_what_the_engine_and_the_m_step_do():
+    """Nothing large may be imported for an estimate."""
+    assert PREFILL == PREFILL_TOKENS
+    assert inspect.signature(InProcessEngine).parameters["prefix_tokens"].default == KEPT_PREFIXES
+    assert inspect.signature(token_logprobs).parameters["chunk"].default == HEAD_CHUNK
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "olmo2", "phi3", "granite", "smollm3"])

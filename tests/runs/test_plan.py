@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from emreason.em.steps import steps_of
 from emreason.runs.experiment import CONF
-from emreason.runs.plan import at_most
+from emreason.runs.plan import at_most, plan
 from emreason.schemes.choice import choose
 from emreason.schemes.samplers import sample
 from emreason.schemes.weights import score_weights, weigh
@@ -61,3 +61,9 @@ def test_an_iteration_does_what_the_plan_says_at_most(name, answered, prompts, t
         assert len(steps) <= most["steps"]
     else:
         assert len(steps) == most["steps"]
+
+
+def test_an_engine_of_somebodys_own_has_a_plan_too(tmp_path):
+    """It need not have the keys of ours."""
+    said = plan(composed("model=smollm2_135m", "dataset=sums_2", "~engine.dtype", "~engine.max_batch"), tmp_path)
+    assert "Memory at most, estimated in float32: E-step" in said

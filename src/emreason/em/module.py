@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from emreason.em.evaluation import Evaluation
 from emreason.em.m_step import MStep, accumulate, clip, scorer
 from emreason.em.shards import Shards
 from emreason.engines.vllm import VllmEngine
-from emreason.models.batches import Batch, Step
+from emreason.models.batches import Step
 from emreason.models.masters import master_weights, publish
 from emreason.questions.prompts import Prompts
 from emreason.scores.scoring import Prediction, Stopwatch
@@ -135,12 +135,12 @@ class EMModule(L.LightningModule):
         """
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        work: tuple[Callable[[Batch], Tensor], Sequence[Batch], torch.device, int, int]
-        if self._shards is not None:  # FSDP2 takes the mean over ranks
-            work = self._shards.logprobs, self._shards.padded(step.batches, self.device), self.device, batch_idx, self._shards.ranks
-        else:
-            work = scorer(self.model), step.batches, self.device, batch_idx, 1
-        totals = ranks.total(accumulate(*work)).cpu()
+        if self._shards is None:
+            totals = accumulate(scorer(self.model), step.batches, self.device, batch_idx)
+        else:  # FSDP2 takes the mean over ranks
+            batches = self._shards.padded(step.batches, self.device)
+            totals = accumulate(self._shards.logprobs, batches, self.device, batch_idx, self._shards.ranks)
+        totals = ranks.total(totals).cpu()
         if not totals[1]:
             return  # an iteration skipped for want of accepted rationales
         if self._shards is None:

@@ -44,7 +44,7 @@ class RowCache(DynamicCache):
         if kinds := {
             type(layer).__name__ for layer in self.layers if hasattr(layer, "update_indexer") or getattr(layer, "_layer_type", None)
         }:
-            raise NotImplementedError(f"a cache of {', '.join(kinds)}")
+            raise ValueError(f"no rows of their own in a cache of {', '.join(kinds)}")
         self.windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
         self.store: dict[tuple[int, str, int], Tensor] = {}  # (layer, what, number): [rows, …], for K/V [rows, heads, slots, head_dim]
         self.rows, self.width = 0, 0
@@ -146,7 +146,7 @@ class BatchedDecoder:
         self.attends = any(hasattr(layer, "keys") for layer in self.cache.layers)
         prompted = [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
         if prompted and (self.recurrent or any(self.cache.windows)):
-            raise NotImplementedError("virtual tokens before windows or states")
+            raise ValueError("virtual tokens before windows or states")
         self.virtual = prompted[0].num_virtual_tokens if prompted else 0
         self.backbone = model if prompted else getattr(self.base, self.base.base_model_prefix, self.base)  # its logits are not needed
 

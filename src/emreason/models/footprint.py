@@ -11,7 +11,7 @@ GIB = 2**30
 LIBRARIES = {"cpu": 0.45 * GIB, "cuda": 0.6 * GIB}
 """Of a process: PyTorch, transformers, Lightning; on a GPU the context and the workspaces of its libraries."""
 
-HEAD_CHUNK, KEPT_PREFIXES, PREFILL = 256, 4096, 512
+HEAD_CHUNK, KEPT_PREFIXES, PREFILL = 256, 4096, {"cpu": 512, "cuda": 4096}
 """Tokens whose logits an M-step holds at once, positions whose K/V the engine keeps for later prompts, tokens of a prefill."""
 
 FORMATS = {"float32": 4, "bfloat16": 2}
@@ -163,9 +163,9 @@ def _sampling(shape: Shape, work: Work, width: int) -> Bytes:
         parts["packed copy"] = (shape.linear + shape.table) * width * PACKED[work.dtype]
         if work.adapter is not None:  # it takes the place of weights that are mapped from a file
             parts["weights"] = shape.table * width
-    a_token = (5 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim) * 4
+    a_token = (5 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim) * (4 if work.device == "cpu" else width)
     logits = rows * shape.vocabulary * (4 + (width if width < 4 else 0) + 4)
-    return parts | {"a step": logits + max(PREFILL, rows) * a_token + rows * shape.heads * positions * 4}
+    return parts | {"a step": logits + max(PREFILL[work.device], rows) * a_token + rows * shape.heads * positions * 4}
 
 
 def _training(shape: Shape, work: Work, width: int) -> float:

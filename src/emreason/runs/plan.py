@@ -94,7 +94,8 @@ def _memory(cfg: DictConfig, dataset: Dataset, scheme: Scheme, train: int) -> li
     """Of the GPU where the driver's tool sees one; what `auto` means on a CPU is measured, so float32 is assumed."""
     gpu = None if cfg.trainer.accelerator == "cpu" else free_on_gpu()
     device = "cpu" if gpu is None and cfg.trainer.accelerator in ("auto", "cpu") else "cuda"
-    dtype = cfg.engine.dtype if cfg.engine.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    asked_dtype = cfg.engine.get("dtype", "auto")  # an engine of somebody's own may not name it
+    dtype = asked_dtype if asked_dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     asked = at_most(cfg, scheme, train)["questions"]
     return needs(cfg, dataset, scheme, asked, dtype, device, free_on_host() if device == "cpu" else gpu)
 
