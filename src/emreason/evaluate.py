@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emreason.progress import bar
-from emreason.questions.answers import correct, extract, gold_text, stop_at_answer
+from emreason.questions.answers import correct, extract, gold_text, in_words, stop_at_answer
 from emreason.questions.grammar.thinking import said
 from emreason.runs import help
 from emreason.runs.console import report_errors
@@ -56,7 +56,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         choices = letter_logprobs(experiment, questions, cfg.examples)
         hits = sum(choice == question.answer for choice, question in zip(choices, questions, strict=True))
         result |= {"accuracy": hits / len(questions), "n": len(questions), "ci95": list(wilson(hits, len(questions)))}
-        result["answers"] = {question.id: choice for choice, question in zip(choices, questions, strict=True)}
+        result["answers"] = {question.id: in_words(question, choice) for choice, question in zip(choices, questions, strict=True)}
     else:
         with bar(f"Evaluation, {cfg.split}", len(questions), "questions") as progress:
             predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)

@@ -154,3 +154,21 @@ def test_smollm2(smollm2):
     own = Prompts(tokenizer, dataclasses.replace(TEMPLATE, system=None)).ids(QUESTION)
     assert len(prompts.ids(QUESTION)) <= len(own) - 12
     assert tokenizer.decode(prompts.answer_cue_ids) == "\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("hint", "answer", "shown"),
+    [
+        ("(Hint: the answer is {answer}.)", "It melts.", "(Hint: the answer is It melts.)"),
+        ("(Hint: the answer is {answer}.)", "ice", "(Hint: the answer is ice.)"),
+        ("(Hint: the answer is {answer}.)", "3.5", "(Hint: the answer is 3.5.)"),
+        ("(Hint: the answer is {answer}.)", "Why?", "(Hint: the answer is Why?.)"),
+        ("({answer})", "It melts.", "(It melts.)"),
+        ("{answer}. So {answer}, then.", "U.S.", "U.S. So U.S., then."),
+    ],
+)
+def test_a_hint_has_one_period_after_an_answer_that_brings_its_own(hint, answer, shown):
+    prompts = Prompts(tiny_tokenizer(), dataclasses.replace(TEMPLATE, hint=hint))
+    question = dataclasses.replace(QUESTION, answer=answer, kind="text", choices=())
+    assert prompts.text(question, "rationalization").split("\n").count(shown) == 1
+    assert prompts.text(question) == Prompts(tiny_tokenizer(), TEMPLATE).text(question)

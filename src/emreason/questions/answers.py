@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
@@ -53,9 +53,17 @@ def correct(answer: str | None, question: Question) -> bool:
     return any(same_number(answer, gold) if question.kind == "number" else _same_string(answer, gold) for gold in golds)
 
 
+MaybeStr = TypeVar("MaybeStr", str, str | None)
+
+
+def in_words(question: Question, answer: MaybeStr) -> MaybeStr:
+    """An answer, as `extract` returns it, in the words that a completion ends with: the letter, or the choice's text on one line."""
+    return answer if answer is None or question.answer_as == "letter" or question.kind != "choice" else _shown(question, answer)
+
+
 def gold_text(question: Question) -> str:
-    """The gold answer in the words that a completion should end with: the letter, or the choice's text on one line."""
-    return question.answer if question.answer_as == "letter" or question.kind != "choice" else _shown(question, question.answer)
+    """The gold answer in the words that a completion should end with."""
+    return in_words(question, question.answer)
 
 
 def answer_line_complete(text: str, question: Question) -> bool:

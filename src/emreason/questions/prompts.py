@@ -37,6 +37,11 @@ class PromptTemplate:
         """The instruction of questions of this kind."""
         return self.instruction if isinstance(self.instruction, str) else self.instruction[kind]
 
+    def hinted(self, answer: str) -> str:
+        """The hint with an answer, which may bring its own period: then none follows."""
+        hint = self.hint.replace("{answer}.", "{answer}") if answer.endswith(".") else self.hint
+        return hint.replace("{answer}", answer)
+
 
 def render_question(question: Question) -> str:
     """The question and its choices: one a line under letters, `A. …`; where the choice's text is the answer, on one line without."""
@@ -123,7 +128,7 @@ class Prompts:
             return
         kind: AnswerKind = "text" if isinstance(self.template.instruction, str) else next(iter(self.template.instruction))
         question = Question("check", "Which word comes after \u201cseventeen\u201d in this list?", "eighteen", kind)
-        hint = self.template.hint.replace("{answer}", question.answer)
+        hint = self.template.hinted(question.answer)
         kinds: tuple[Proposal, ...] = ("question", "rationalization")
         for proposal, n in itertools.product(kinds, {0, len(self.demonstrations)}):
             turns = self._turns(question, proposal, n)
@@ -169,7 +174,7 @@ class Prompts:
     def _ask(self, question: Question, proposal: Proposal, kind: AnswerKind) -> str:
         parts = [render_question(question)]
         if proposal == "rationalization":
-            parts.append(self.template.hint.replace("{answer}", gold_text(question)))
+            parts.append(self.template.hinted(gold_text(question)))
         if instruction := self.template.instruct(kind):
             parts.append(instruction)
         return "\n".join(parts)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from emreason.questions.answers import gold_text, in_words
 from emreason.types import Question, Rationale, UserError
 
 
@@ -171,15 +172,19 @@ class Journal:
 
 
 def rationale_from(record: dict[str, Any]) -> Rationale:
-    """A journal line back as a `Rationale`; the line's other keys (question, gold) are for readers."""
+    """A journal line back as a `Rationale`; the line's other keys (question, gold, an answer in words) are for readers."""
     values = {field.name: record[field.name] for field in dataclasses.fields(Rationale) if field.name in record}
     values["token_ids"] = tuple(values["token_ids"])
+    values["answer"] = record.get("letter", record["answer"])
     return Rationale(**values)
 
 
 def journal_record(question: Question, rationale: Rationale) -> dict[str, Any]:
-    """A journal line: the attempt, and the question and gold answer for whoever reads it."""
-    return {**dataclasses.asdict(rationale), "question": question.text, "gold": question.answer}
+    """A journal line: the attempt, and the question and gold answer for whoever reads it; a choice's text beside its unseen `letter`."""
+    line = {**dataclasses.asdict(rationale), "question": question.text, "gold": gold_text(question)}
+    if (words := in_words(question, rationale.answer)) != rationale.answer:
+        line |= {"answer": words, "letter": rationale.answer}
+    return line
 
 
 @contextlib.contextmanager

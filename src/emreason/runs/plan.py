@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from emreason.models.sizes import GB, describe, parameters
 from emreason.progress import doing
+from emreason.questions.answers import gold_text
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
@@ -65,7 +66,7 @@ def _prompts(prompts: Prompts, question: Question, scheme: Scheme) -> list[str]:
     lines = [f"The first question's prompts in the first E-step ({shown}without the model's chat template, should it have one):"]
     for proposal in dict.fromkeys(("question", *scheme.tries)):  # the plain one is trained on in every scheme
         lines += [f"  {proposal}:", *(f"    | {line}" for line in prompts.text(question, proposal, examples).splitlines())]
-    return [*lines, f"  gold answer: {question.answer}"]
+    return [*lines, f"  gold answer: {gold_text(question)}"]
 
 
 def at_most(cfg: DictConfig, scheme: Scheme, train: int) -> dict[str, int]:

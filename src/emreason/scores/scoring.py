@@ -16,7 +16,7 @@ from emreason.models.families import base_causal_lm
 from emreason.models.training.packed import can_pack_rows, packed_states
 from emreason.models.training.products import head_logprobs
 from emreason.progress import Bar
-from emreason.questions.answers import correct, extract, stop_at_answer
+from emreason.questions.answers import correct, extract, gold_text, in_words, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import Prompts
 from emreason.scores.stats import wilson
@@ -31,7 +31,8 @@ MIN_SHARED = 8
 
 @dataclass(frozen=True)
 class Prediction:
-    """The greedy completion of one question, its answer, and the answer when the answer line is forced."""
+    """The greedy completion of one question, its answer, and the answer when the answer line is forced; as they are asked for, letters or
+    words. `letter`: the gold one where letters are shown, else empty."""
 
     question_id: str
     question: str
@@ -43,6 +44,7 @@ class Prediction:
     forced_correct: bool
     n_tokens: int
     finish_reason: str
+    letter: str
 
 
 def predict(
@@ -91,14 +93,15 @@ def predict(
         Prediction(
             question_id=q.id,
             question=q.text,
-            gold=q.answer,
+            gold=gold_text(q),
             text=texts[q.id],
-            answer=answers[q.id],
+            answer=in_words(q, answers[q.id]),
             correct=correct(answers[q.id], q),
-            forced_answer=forced_answers[q.id],
+            forced_answer=in_words(q, forced_answers[q.id]),
             forced_correct=correct(forced_answers[q.id], q),
             n_tokens=len(drawn[q.id].token_ids),
             finish_reason=drawn[q.id].finish_reason,
+            letter=q.answer if q.letters and q.answer_as == "letter" else "",
         )
         for q in questions
     ]
@@ -143,8 +146,8 @@ def score(predictions: Sequence[Prediction], seconds: float, forced: bool = True
     hits = sum(p.correct for p in predictions)
     positions: dict[str, list[bool]] = {}
     for p in predictions:
-        if len(p.gold) == 1 and p.gold.isalpha():
-            positions.setdefault(p.gold, []).append(p.correct)
+        if p.letter:
+            positions.setdefault(p.letter, []).append(p.correct)
     return {
         "accuracy": hits / n if n else 0.0,
         "forced_accuracy": sum(p.forced_correct for p in predictions) / n if n and forced else None,
