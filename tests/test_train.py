@@ -97,7 +97,9 @@ def test_the_run_folder_keeps_its_contract(finished):
 def test_a_finished_run_is_not_repeated_and_another_config_is_refused(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    assert "Finished already" in smoke(folder).stderr
+    again = smoke(folder)
+    assert "Finished already" in again.stderr
+    assert again.stdout.endswith(f"Run folder: {folder}\nNext: emreason-eval run=copy samples=8, or emreason-report copy\n")
     refused = smoke(folder, "optimizer.lr=1", check=False)
     assert refused.returncode != 0
     assert "optimizer.lr" in refused.stderr
@@ -164,7 +166,8 @@ def test_evaluating_and_reporting_a_finished_run(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
-    run("emreason", "-m", *SMOKE, "seed=1,2", "sampler=rs,pps", "trainer.max_epochs=1", "m_step.on_zero_accepted=skip", cwd=tmp_path)
+    job = ["seed=1,2", "sampler=rs,pps", "trainer.max_epochs=1", "m_step.on_zero_accepted=skip"]
+    assert run("emreason", "-m", *SMOKE, *job, cwd=tmp_path).stdout.endswith("emreason-report outputs/smoke\n")
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/**/summary.json")]
     assert sorted((s["sampler"], s["seed"], s["status"]) for s in summaries) == [
         ("pps", 1, "finished"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -266,7 +267,8 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
             from emreason.reports.writing import print_runs
 
             print_runs(collect([folder]), Console())
-            print(f"Run folder: {folder}")
+            near = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
+            print(f"Run folder: {folder}\nNext: emreason-eval run={near} samples=8, or emreason-report {near}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 
 

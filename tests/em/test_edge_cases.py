@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import numbers
+from conftest import TEMPLATE, numbers
 from test_module import em_module, fit, gold_script, trainer
 from test_samplers import scheme
 
@@ -16,8 +16,9 @@ from emreason.em.datamodule import RationaleDataModule
 from emreason.em.e_step import EStep
 from emreason.em.m_step import MStep
 from emreason.engines.inprocess import InProcessEngine
+from emreason.questions.prompts import Prompts
 from emreason.runs.journal import Journal
-from emreason.types import UserError
+from emreason.types import Demonstration, UserError
 
 
 def accounted(record) -> bool:
@@ -65,3 +66,16 @@ def test_an_answer_that_does_not_fit_is_rejected_and_said(tmp_path):
     assert accounted(e_step.record)
     with pytest.raises(UserError, match=r"none of 3 questions .* 100% were truncated.*sampler\.max_new_tokens"):
         fit(tmp_path / "error", questions, lambda _: ("too long", "length"))
+
+
+@pytest.mark.parametrize(("silent", "examples"), [(2, 0), (1, 0), (2, 1)])
+def test_where_most_draws_have_no_answer_worked_examples_are_proposed(tmp_path, capfd, silent, examples):
+    """Not where the answers are wrong, nor where examples are shown already."""
+    questions = numbers(3)
+    gold, names = gold_script(questions), [q.id for q in questions[:silent]]
+    module = em_module()
+    module.prompts = Prompts(module.tokenizer, TEMPLATE, [Demonstration(numbers(4)[-1], "so")])
+    chosen = scheme("rs", 1, worked_examples=examples)
+    fit(tmp_path, questions, lambda r: "Hm." if r.key[0] in names else gold(r), epochs=1, scheme_=chosen, module=module)
+    told = "E-step 0: 67% had no answer line, 0% were truncated; worked examples show the form (dataset.demonstrations, "
+    assert (told in capfd.readouterr().err) == (silent == 2 and not examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -251,6 +252,8 @@ def test_what_was_understood_is_one_line(tmp_path):
     choice = build("file", f"dataset.path={write(tmp_path / 'b.jsonl', *FIVE)}").understood()
     assert "kind choice" in choice
     assert choice.endswith(")")  # the letter and the choice's text
+    words = build("file", f"dataset.path={tmp_path / 'b.jsonl'}", "dataset.answer_as=text").understood()
+    assert words == re.sub(r"→ [A-Z] \((.*)\)$", r"→ \1", choice)
 
 
 def test_choices_are_answered_by_their_text_where_the_config_says_so(tmp_path, caplog):

@@ -20,11 +20,11 @@ from emreason.em.steps import steps_of
 from emreason.models.batches import Step
 from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
-from emreason.progress import bar, doing
+from emreason.progress import bar, doing, say
 from emreason.runs.journal import Journal, journal_record
 from emreason.schemes.chain import remembered
 from emreason.schemes.choice import choose
-from emreason.schemes.diagnostics import e_step_record
+from emreason.schemes.diagnostics import e_step_record, shares
 from emreason.schemes.samplers import Scheme, by_question, is_settled, sample
 from emreason.schemes.weights import score_weights, weigh
 from emreason.scores.likelihood import completion_logprobs
@@ -111,6 +111,10 @@ class EStep(Callback):
                 )  # fmt: skip
         trainer.strategy.barrier("journal written")
         self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
+        if trainer.is_global_zero and everything and self.record["extraction_rate"] < 0.5 and not self.scheme.n_examples(iteration):
+            say(
+                f"E-step {iteration}: {shares(everything)}; worked examples show the form (dataset.demonstrations, sampler.worked_examples)"
+            )
         if self.faithfulness:
             accepted = [r for r in attempts if r.accepted]
             with doing(f"E-step {iteration}, faithfulness of {len(accepted)} rationales"):

@@ -101,8 +101,8 @@ def steps_of(
             return [Step([])]  # no loader at all would end the fit without a word
         raise UserError(
             f"E-step {iteration}: none of {n_questions} questions was answered correctly in {len(attempts)} attempts "
-            f"({shares(attempts)}); raise sampler.budget or sampler.max_new_tokens, show worked examples (sampler.worked_examples=2), "
-            "or set m_step.on_zero_accepted=skip."
+            f"({shares(attempts)}); raise sampler.budget or sampler.max_new_tokens, show worked examples (dataset.demonstrations, "
+            "sampler.worked_examples=2), or set m_step.on_zero_accepted=skip."
         )
     eos, pad = prompts.tokenizer.eos_token_id, prompts.tokenizer.pad_token_id
     examples = [Example(r.question_id, prompts.ids(questions[r.question_id]), training_ids(r, eos), r.weight) for r in kept]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from emreason.questions.answers import check
+from emreason.questions.answers import check, gold_text
 from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
@@ -119,7 +119,8 @@ class Dataset:
         """What the data is, in one line: `1,000 questions (600 train, …), kind number, e.g. 'Ann buys …' → 8`."""
         sizes = {split: len(self._all(split)) for split in SPLITS}
         example = self.questions("train")[0]
-        answer = f"{example.answer} ({example.choices[LETTERS.index(example.answer)]})" if example.kind == "choice" else example.answer
+        lettered = example.kind == "choice" and example.answer_as == "letter"
+        answer = f"{example.answer} ({example.choices[LETTERS.index(example.answer)]})" if lettered else gold_text(example)
         kinds = sorted({question.kind for split in SPLITS for question in self._all(split)})
         return plain(
             f"{self.name}: {sum(sizes.values()):,} questions ({', '.join(f'{n:,} {split}' for split, n in sizes.items())}), "

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,7 @@ class SweepTable(Callback):
         if known:
             runs = collect(known)
             print_runs(runs, Console())
+            print(f"Figures and the page: emreason-report {shlex.quote(config.hydra.sweep.dir)}")
             _to_wandb(config, runs)
         unfinished = [folder for folder in folders if read_summary(folder).get("status") != "finished"]
         if unfinished:

@@ -84,9 +84,10 @@ def _iteration(cfg: DictConfig, scheme: Scheme, sizes: dict[Split, int]) -> list
     most = at_most(cfg, scheme, sizes["train"])
     budget = f"; none after {cfg.token_budget:,} tokens in all" if cfg.token_budget else ""
     unit = "questions" if cfg.m_step.normalize == "questions" else "rationales"
+    steps = "1 optimizer step" if most["steps"] == 1 else f"{most['steps']:,} optimizer steps"
     return [
         f"  E-step: {most['questions']:,} questions, {most['draws']:,} draws, {most['tokens']:,} tokens{budget}",
-        f"  M-step: {most['steps']:,} optimizer steps of {cfg.m_step.batch_size} {unit} (m_step.epochs={cfg.m_step.epochs})",
+        f"  M-step: {steps} of {cfg.m_step.batch_size} {unit} (m_step.epochs={cfg.m_step.epochs})",
         f"  Validation: {sizes['validation']:,} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
     ]
 
