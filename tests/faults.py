@@ -1759,6 +1759,20 @@ FAULTS = [
         "tracking/test_dashboard.py::test_the_dashboard_shows_what_is_logged",
     ),
     fault(
+        "comparison: p is sent without Holm's correction",
+        "reports/writing.py",
+        '"p_holm": pair.p_holm,',
+        '"p_holm": pair.difference.p,',
+        "tracking/test_dashboard.py::test_the_comparison_tells_which_schemes_differ",
+    ),
+    fault(
+        "E-step: nobody hears that draws have no answer",
+        "em/e_step.py",
+        'self.record["extraction_rate"] < 0.5',
+        'self.record["extraction_rate"] < 0.05',
+        "em/test_edge_cases.py::test_where_most_draws_have_no_answer_worked_examples_are_proposed",
+    ),
+    fault(
         "report: a watched page is never written again",
         "report.py",
         "if now != written:",

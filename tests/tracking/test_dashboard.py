@@ -16,11 +16,13 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from test_config import compose_config
+from test_report import write_run
 from wandb_files import read_run
 
 from emreason.reports.comparison import compare
 from emreason.reports.reading import collect
-from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, run_id
+from emreason.reports.writing import comparison_records
+from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, publish_comparison, run_id
 from emreason.tracking.workspace import NAME, SECTIONS, main
 from emreason.train import train
 from emreason.types import UserError
@@ -201,6 +203,26 @@ def test_the_comparison_of_a_sweep_is_a_run_with_tables(sweep):
     cells = compare(collect([folder / "outputs/mine"])).cells
     assert [dict(zip(table["columns"], line, strict=True)) for line in table["data"]] == [asdict(cell) for cell in cells]
     assert {"accuracy", "low", "high", "p_vs_best"} <= set(table["columns"])
+
+
+def test_the_comparison_tells_which_schemes_differ(tmp_path, monkeypatch):
+    """Differences, their intervals and Holm's p of every pair; where there is one run, there is no such table (above)."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    for scheme in ("rs", "star", "pps"):
+        for seed in (1, 2):
+            write_run(tmp_path / "runs" / scheme / str(seed), scheme, seed)
+    found = compare(collect([tmp_path / "runs"]))
+    (tmp_path / "sweep").mkdir()
+    publish_comparison(tmp_path / "sweep", comparison_records(found), True, project="p", entity=None, group="g")
+    (file,) = run_files(tmp_path / "sweep")
+    (row,) = read_run(file)["rows"]
+    table = json.loads((file.parent / "files" / row["pairs/path"]).read_text())
+    rows = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+    assert [(r["first"], r["second"], r["estimate"], r["low"], r["high"], r["p_holm"]) for r in rows] == [
+        (p.first, p.second, p.difference.estimate, p.difference.low, p.difference.high, p.p_holm) for p in found.pairs
+    ]
+    assert len(rows) == 6  # three schemes and the few-shot baseline
+    assert any(r["p"] < r["p_holm"] < 0.05 for r in rows)
 
 
 @pytest.mark.parametrize(
