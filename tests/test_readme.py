@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 from itertools import product
+from pathlib import Path
 
 import pytest
 from conftest import REPO
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from emreason.runs import keys
+from emreason.runs import experiment, keys
 from emreason.runs.checks import check_values, quoted
-from emreason.runs.experiment import CONF
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if not kind]
@@ -39,7 +40,7 @@ def test_a_command_composes_and_is_accepted(line, monkeypatch):
     name = "evaluate" if command == "emreason-eval" else "train"
     cpu = ["trainer.accelerator=auto", "trainer.devices=1"] if name == "train" else []
     for overrides in jobs(words):
-        with initialize_config_dir(CONF, version_base="1.3"):
+        with initialize_config_dir(experiment.CONF, version_base="1.3"):
             cfg = compose(name, overrides=[*overrides, *cpu], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
         cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
@@ -68,3 +69,17 @@ def test_the_outsiders_scheme_is_the_one_that_is_run():
     shown = re.search(r"```yaml\n#.*\n(.*?)```", README, re.DOTALL)
     assert shown is not None
     assert shown[1] in (REPO / "tests/outsider/conf/sampler/patient.yaml").read_text()
+
+
+def test_a_file_of_ones_own_as_it_is_shown(tmp_path, monkeypatch):
+    """The five questions and the YAML with worked examples of `conf/README.md`."""
+    shown = (REPO / "conf" / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```\n(\{\"question\".*?)^```$", shown, re.DOTALL | re.MULTILINE)
+    (written,) = re.findall(r"^```yaml\n(defaults: \[file\].*?)^```$", shown, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(lines)
+    Path("my/dataset").mkdir(parents=True)
+    Path("my/dataset/mine.yaml").write_text(written)
+    dataset = instantiate(experiment.compose(["dataset=mine"], config_dir="my")[0].dataset)
+    assert sum(len(dataset.questions(split)) for split in ("train", "validation", "test")) == 5
+    assert [(example.question.answer, example.question.kind) for example in dataset.worked_examples()] == [("5", "number")] * 2
