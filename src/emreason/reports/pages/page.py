@@ -195,6 +195,8 @@ def _draw_panels(runs: Sequence[Run], counted: set[Path], colours: dict[str, tup
                 ax.legend(loc="upper right", framealpha=0.6, edgecolor="none")  # "best" takes a second
             if chart.log and all(y > 0 for lines in curves.values() for of_scheme in lines.values() for line in of_scheme for y in line.y):
                 ax.set_yscale("log")
+            if chart.title.endswith("(bytes)"):
+                ax.yaxis.set_major_formatter(EngFormatter(sep=""))
             if chart.axis == TOKENS:
                 ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             else:
