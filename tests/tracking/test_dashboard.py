@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from test_config import compose_config
@@ -43,9 +44,9 @@ def run_files(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
-    """Two jobs without an API key, the second of which fails in its M-step; then the same command again."""
+    """Two jobs without an API key, with two loggers, the second of which fails in its M-step; then the same command again."""
     folder = tmp_path_factory.mktemp("sweep")
-    job = ["-m", "logger=wandb", "tag=mine", "rationale_rows=20", "optimizer.lr=3e-3,1e38", "hydra.sweep.subdir=${hydra:job.num}"]
+    job = ["-m", "logger=[csv,wandb]", "tag=mine", "rationale_rows=20", "optimizer.lr=3e-3,1e38", "hydra.sweep.subdir=${hydra:job.num}"]
     return folder, [emreason(folder, *job), emreason(folder, *job)]
 
 
@@ -68,6 +69,7 @@ def test_every_job_is_a_run_of_its_own_in_the_group_of_the_sweep(sweep):
     assert [run["config"]["optimizer"]["lr"] for run in runs] == [3e-3, 1e38]
     assert runs[0]["config"]["sampler"]["display"] == "RS-8"  # resolved
     assert [run["exit_code"] for run in runs] == [0, 1]
+    assert list(folder.glob("outputs/mine/0/csv/*/metrics.csv"))  # the other logger's
     assert [run["summary"]["status"] for run in runs] == ["finished", "failed"]
 
 
@@ -214,6 +216,7 @@ def test_the_comparison_tells_which_schemes_differ(tmp_path, monkeypatch):
     found = compare(collect([tmp_path / "runs"]))
     (tmp_path / "sweep").mkdir()
     publish_comparison(tmp_path / "sweep", comparison_records(found), True, project="p", entity=None, group="g")
+    wandb.teardown()  # its service has written everything only when it ends
     (file,) = run_files(tmp_path / "sweep")
     (row,) = read_run(file)["rows"]
     table = json.loads((file.parent / "files" / row["pairs/path"]).read_text())
