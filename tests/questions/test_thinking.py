@@ -169,4 +169,4 @@ def test_an_answer_by_its_text_has_room_when_forced():
     question = dataclasses.replace(letters(1)[0], choices=("a long choice of many words", "another one"), answer_as="text")
     engine = ScriptedEngine(tokenizer, lambda r: " another one\n" if r.params.max_new_tokens > 20 else ("well", "length"))
     (prediction,) = predict([question], engine, Prompts(tokenizer, TEMPLATE), tokenizer, max_new_tokens=9)
-    assert prediction.forced_answer == "B"
+    assert prediction.forced_answer == "another one"
