@@ -352,7 +352,7 @@ FAULTS = [
         "em/shards.py",
         '            set_optimizer_state_dict(self._logprobs, optimizer, state["optimizer"])',
         "            optimizer.state.clear()",
-        "runs/test_interrupt.py::test_two_sharded_ranks_of_which_one_is_killed_go_on_as_one_and_as_two",
+        "runs/test_interrupt.py::test_two_sharded_ranks_that_are_killed_go_on_as_one_and_as_two",
     ),
     fault(
         "ranks: every rank samples all questions",

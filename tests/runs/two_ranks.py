@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_module import em_module, gold_script
 from test_samplers import scheme
+from torch.distributed.tensor import DTensor
 
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.e_step import EStep
@@ -108,11 +109,12 @@ def run(folder: Path, case: Case, devices: int, sharding: str | None = None, wat
             run_out_of_memory_once(module.engine)
     else:
         module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda r: case.right(index[r.key[0]], r.key[1])))
-    before = vector(module)
+    before = None if case.model == "smollm2" else vector(module)  # or it would be most of what is measured
+    held = Held()
     journal = Journal(folder)
     trainer = L.Trainer(
         max_epochs=case.iterations, accelerator="cpu", devices=devices, strategy=Ranks(sharding) if devices > 1 else "auto", logger=False,
-        callbacks=[EStep(case.scheme, questions, journal, seed=1), *watch], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EStep(case.scheme, questions, journal, seed=1), held, *watch], enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, inference_mode=False,
         use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder,
     )  # fmt: skip
@@ -124,7 +126,25 @@ def run(folder: Path, case: Case, devices: int, sharding: str | None = None, wat
     rationales = [[r.question_id, r.iteration, r.attempt, r.accepted, r.text] for k in range(case.iterations) for r in journal.read(k)]
     files = sorted(p.name for p in journal.folder.iterdir())
     halved = getattr(module.engine, "max_batch", None)
-    return {"error": error, "rationales": rationales, "moved": vector(module) - before, "files": files, "max_batch": halved}
+    moved = None if before is None else vector(module) - before
+    return {"error": error, "rationales": rationales, "moved": moved, "files": files, "max_batch": halved, "held": held.bytes}
+
+
+class Held(L.Callback):
+    """Bytes of weights, moments and gradients on this rank, and of the whole process, at an optimizer step."""
+
+    bytes = process = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda optimizer, *_: self.count(optimizer, pl_module))
+
+    def count(self, optimizer: Any, pl_module: Any) -> None:
+        copy = [] if pl_module._shards is None else pl_module._shards._logprobs.parameters()
+        parameters = [*pl_module.model.parameters(), *copy, *(p for group in optimizer.param_groups for p in group["params"])]
+        tensors = [*parameters, *(p.grad for p in parameters), *(t for moments in optimizer.state.values() for t in moments.values())]
+        pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, torch.Tensor)]
+        self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in pieces}.values())
+        self.process = status("VmRSS")
 
 
 def run_out_of_memory_once(engine: Any) -> None:
@@ -166,22 +186,13 @@ def memory(folder: Path, devices: int) -> None:
 
     class Watch(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-            self.rest = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
-        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            trainer.optimizers[0].register_step_post_hook(lambda optimizer, *_: self.count(optimizer, pl_module))
-
-        def count(self, optimizer: Any, pl_module: Any) -> None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            parts = [*parameters, *(p.grad for p in parameters), *(t for s in optimizer.state.values() for t in s.values())]
-            self.held = sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in {id(t): t for t in parts}.values())
-            self.held += sum(p.nbytes for p in pl_module.trainable() if not any(p is q for q in parameters))
-
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-            kind, peak = f"rank {trainer.global_rank} of {devices}", status("VmHWM") - IMPORTS
-            said = f"weights, moments, gradients {self.held / 1e6:.0f} MB; peak beyond what the imports take {peak / 1e6:.0f}"
-            print(f"{kind}, iteration {trainer.current_epoch}: {said} MB", flush=True)
+            held = next(c for c in trainer.callbacks if isinstance(c, Held))
+            parts = {"weights, moments, gradients": held.bytes, "process": held.process - IMPORTS, "its peak": status("VmHWM") - IMPORTS}
+            said = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
+            print(f"rank {trainer.global_rank} of {devices}, iteration {trainer.current_epoch}: {said}", flush=True)
 
     run(folder / str(devices), case, devices, "shard" if devices > 1 else None, [Watch()])
 
