@@ -271,7 +271,8 @@ def shards(folder: Path, kills: int, seed: int) -> dict:
     folder.mkdir(parents=True)
     scored = ["evaluation.bound=2", "evaluation.diagnostics=[kl,faithfulness]", "evaluation.baseline=[]", "trainer.strategy=shard"]
     arguments = [*SMOKE, *scored, "dataset.limit.train=20", "dataset.limit.validation=5", "dataset.limit.test=3"]
-    hit, waits, apart, runs, log = Counter[str](), Counter[str](), Counter[str](), 0, folder / "log"
+    hit, apart, runs, log = Counter[str](), Counter[str](), 0, folder / "log"
+    waits: dict[str, list[float]] = {}
 
     def finish(name: str, epochs: int, ranks: int) -> None:
         command = [*arguments, f"trainer.max_epochs={epochs}", f"hydra.run.dir={folder / name}"]
@@ -300,8 +301,9 @@ def shards(folder: Path, kills: int, seed: int) -> dict:
             status = json.loads((run / "summary.json").read_text())["status"]
             assert code != 0 or status == "finished", log.read_text()
             if killed:
-                hit[f"{part}, {'both' if len(victims) == 2 else f'rank {victims[0]}'}"] += 1
-                waits[part] = max(waits[part], round(time.monotonic() - began, 1))
+                what = f"{part}, {'both' if len(victims) == 2 else f'rank {victims[0]}'}"
+                hit[what] += 1
+                waits.setdefault(what, []).append(round(time.monotonic() - began, 1))
             assert len(list(run.glob("checkpoints/last-*"))) <= done + 2
         done = len(json.loads((run / "summary.json").read_text())["iterations"])
         finish(run.name, min(done + 1, 3), 1)
@@ -314,7 +316,7 @@ def shards(folder: Path, kills: int, seed: int) -> dict:
             apart["moments"] = max(apart["moments"], difference(ours["optimizer"]["state"][name]["exp_avg"], moments["exp_avg"]))
         assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["best.ckpt", "last-002", "last.ckpt"]
         runs += 1
-    return {"kills": hit.total(), "runs": runs, "parts": dict(hit), "waits": dict(waits), "apart": dict(apart)}
+    return {"kills": hit.total(), "runs": runs, "parts": dict(hit), "waits": waits, "apart": dict(apart)}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

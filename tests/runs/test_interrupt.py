@@ -40,7 +40,7 @@ def test_two_sharded_ranks_that_are_killed_go_on_as_one_and_as_two(tmp_path):
     found = kills("shards", str(tmp_path / "s"), str(tried), "1")
     print(found)
     assert found["kills"] == tried
-    assert max(found["waits"].values()) < 60
+    assert max(map(max, found["waits"].values())) < 60
     assert 0 < found["apart"]["weights"] < 1e-5
     assert 0 < found["apart"]["moments"] < 1e-3  # of gradients that are nearly 0 in the end
 

@@ -30,7 +30,7 @@ from emreason.em.m_step import MStep
 from emreason.em.ranks import Ranks
 from emreason.engines.inprocess import EngineStats, InProcessEngine
 from emreason.models.loading import add_lora, load_package
-from emreason.models.memory import spare_imports
+from emreason.models.memory import spare_imports, trim
 from emreason.questions.prompts import Prompts
 from emreason.runs.experiment import CONF
 from emreason.runs.journal import Journal
@@ -144,6 +144,7 @@ class Held(L.Callback):
         tensors = [*parameters, *(p.grad for p in parameters), *(t for moments in optimizer.state.values() for t in moments.values())]
         pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, torch.Tensor)]
         self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in pieces}.values())
+        trim()
         self.process = status("VmRSS")
 
 
