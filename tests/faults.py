@@ -348,6 +348,20 @@ FAULTS = [
         "runs/test_ranks.py::test_two_ranks_do_what_one_does[importance]",
     ),
     fault(
+        "ranks: a sum asks rank after rank",
+        "em/ranks.py",
+        "        dist.all_reduce(values)\n",
+        "        for _ in range(dist.get_world_size() - 1):\n            dist.all_reduce(values / (dist.get_world_size() - 1))\n",
+        "em/test_shards.py::test_what_a_rank_says_in_a_step_does_not_grow_with_the_ranks",
+    ),
+    fault(
+        "shards: the whole weights stay in the M-step",
+        "em/shards.py",
+        "            parameter.data = parameter.data.new_empty(0)\n",
+        "            parameter.data = parameter.data + 0\n",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[none and all]",
+    ),
+    fault(
         "shards: a resumed optimizer begins anew",
         "em/shards.py",
         '            set_optimizer_state_dict(self._logprobs, optimizer, state["optimizer"])',

@@ -78,7 +78,7 @@ CASES = {
     # the second iteration's hinted draws are weighed against the first one's, by the rank that has the question
     "mh": Case(5, lambda i, attempt: attempt == 2 or i == 1, scheme("star", weigh="mh")),
     "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo")),
-    "bfloat16": replace(SOME, dtype=torch.bfloat16, sharded=True),
+    "bfloat16": replace(SOME, dtype=torch.bfloat16, adam=True, sharded=True),
     "adaptive": Case(7, lambda i, attempt: i % 2 == 0 or attempt == 2, scheme("star", choose="adaptive", share=0.5)),
     # weighed by passes over the first iteration's weights and the second's, as many as a rank has rationales
     "importance": Case(5, lambda i, _: i in (0, 2, 3), scheme("pps", 2, keep=2, weigh="importance"), model="untied", sharded=True),
