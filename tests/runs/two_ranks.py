@@ -38,6 +38,8 @@ from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
 
 RS = scheme("rs")
+SCORED = scheme("pps", 2, keep=2, weigh="importance")
+"""Its weights take passes of the model, as many as a rank has rationales."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,19 @@ EVERY_OPTION |= {"init": "base", "normalize": "tokens", "tokens_per_batch": 60}
 CASES = {
     "none and all": Case(6, lambda i, _: i % 2 == 1, sharded=True),
     "one and none": Case(6, lambda i, _: i == 0, sharded=True),
-    "none and none, skipped": Case(4, lambda *_: False, m_step={"on_zero_accepted": "skip"}, sharded=True),
+    "none and none, skipped": Case(4, lambda *_: False, SCORED, {"on_zero_accepted": "skip"}, sharded=True),
     "none and none": Case(4, lambda *_: False),
     "uneven shards": SOME,
-    "a rank without a question": Case(1, lambda *_: True),
+    "a rank without a question": Case(1, lambda *_: True, SCORED, sharded=True),
     # the control variate's β is over all ranks' questions, and the second iteration trains on the first one's hinted rationales
-    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice")),
+    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice"), sharded=True),
     # the second iteration's hinted draws are weighed against the first one's, by the rank that has the question
     "mh": Case(5, lambda i, attempt: attempt == 2 or i == 1, scheme("star", weigh="mh")),
-    "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo")),
+    "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo"), sharded=True),
     "bfloat16": replace(SOME, dtype=torch.bfloat16, adam=True, sharded=True),
     "adaptive": Case(7, lambda i, attempt: i % 2 == 0 or attempt == 2, scheme("star", choose="adaptive", share=0.5)),
-    # weighed by passes over the first iteration's weights and the second's, as many as a rank has rationales
-    "importance": Case(5, lambda i, _: i in (0, 2, 3), scheme("pps", 2, keep=2, weigh="importance"), model="untied", sharded=True),
+    # weighed by the first iteration's weights and the second's
+    "importance": Case(5, lambda i, _: i in (0, 2, 3), SCORED, model="untied", sharded=True),
     "adapters": replace(SOME, model="lora", adam=True, sharded=True),
     "every option": replace(SOME, m_step=EVERY_OPTION, sharded=True),
     "drawn": Case(16, None, scheme("rs", 4, max_new_tokens=24), {"max_grad_norm": None, "batch_size": 8}, sharded=True),
