@@ -27,7 +27,7 @@ def a_step(params: SamplingParams, steps: int, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(families, "_offset", lambda _: 0.0)  # read from values, once per decoder
         engine = inprocess.InProcessEngine.__new__(inprocess.InProcessEngine)
         engine.prefix_tokens, engine.context, engine.look_every = 256, 2048, steps
-        engine.stats, engine.model = inprocess.EngineStats(), model
+        engine.stats, engine.model, engine.recorder = inprocess.EngineStats(), model, lambda: None  # as with graphs, kernel by kernel
         batch = inprocess._Batch(engine, FusedDecoder(model, read_facts(model)))
         batch.rows = [inprocess._Row(Request(i, tuple(range(9 + i)), params, i), 20, inprocess.np.arange(8 + i)) for i in range(ROWS)]
         batch.decoder.reserve(ROWS, 64)
@@ -62,6 +62,7 @@ def test_on_real_tensors_nothing_is_looked_at_between_two_looks(params):
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=2)).eval()
     engine = inprocess.InProcessEngine.__new__(inprocess.InProcessEngine)
     engine.prefix_tokens, engine.context, engine.stats, engine.model = 256, 2048, inprocess.EngineStats(), model
+    engine.recorder = lambda: None
     facts = read_facts(model)
     with torch.no_grad():
         batch = inprocess._Batch(engine, FusedDecoder(model, facts, ops=TorchOps(facts)))

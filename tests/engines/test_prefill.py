@@ -7,10 +7,10 @@ import torch
 from fake_cuda import Counted, fake_cuda, on_the_gpu
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from emreason.engines import prefill
 from emreason.engines.decoder import FusedDecoder
+from emreason.engines.gpu import prefill
+from emreason.engines.gpu.prefill import Prompts, variable_length
 from emreason.engines.inprocess import InProcessEngine
-from emreason.engines.prefill import Prompts, variable_length
 from emreason.models import families
 from emreason.models.families import read_facts
 

@@ -38,7 +38,7 @@ def anonymous() -> int:
 def watch() -> None:
     while True:
         peaks[phase[0]] = max(peaks.get(phase[0], 0), anonymous())
-        time.sleep(0.005)
+        time.sleep(0.001)  # a peak is short
 
 
 def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
@@ -68,7 +68,7 @@ def main(dtype: str, lora: bool) -> dict[str, dict[str, float]]:
         map_large_blocks()
         phase[0] = "M-step"
         rows = [Example(str(i), tuple(range(9 + i, 9 + i + LENGTH // 2)), tuple(range(i, i + LENGTH // 2))) for i in range(SEQUENCES)]
-        accumulate(scorer(model.train()), [collate(rows, [0.1] * SEQUENCES, 0)] * 2, torch.device("cpu"), 0)
+        accumulate(scorer(model.train()), [collate(rows, [0.1] * SEQUENCES, 0)] * 5, torch.device("cpu"), 0)
         optimizer.step()
         optimizer.zero_grad()
         phase[0] = "between"

@@ -26,6 +26,7 @@ from emreason.em.m_step import accumulate, scorer
 from emreason.engines import inprocess
 from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw
+from emreason.engines.gpu import graphs
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.batches import Example, Step, collate
 from emreason.models.families import read_facts
@@ -120,6 +121,9 @@ def engine(found: Findings) -> None:
     their = [generated(model, [prompt], 16)[0] for prompt in prompts]
     found.values["greedy_rows_equal"] = equal = sum(a == b for a, b in zip(mine, their, strict=True))
     found.expect(equal == len(prompts), f"greedy ids of {len(prompts) - equal} of {len(prompts)} rows differ from generate's")
+    with mock.patch.object(graphs.log, "warning", lambda words, *about: found.expect(False, words % about)):
+        recorded, stepwise = (sampled(model, tokenizer, prompts, 100, 1.0, way) for way in (True, False))
+    found.expect(recorded == stepwise, "CUDA graphs draw something else")
     n, probabilities = 20_000, torch.linspace(1, 5, 20, device=found.device).double()
     probabilities /= probabilities.sum()
     rows = probabilities.log().float().expand(n, -1).clone()
@@ -130,9 +134,11 @@ def engine(found: Findings) -> None:
     found.expect(statistic < 50, "draws do not have their probabilities")  # one in 10⁴ by luck
 
 
-def sampled(model: Any, tokenizer: Any, prompts: list[list[int]], new: int, temperature: float = 0.0) -> list[list[int]]:
+def sampled(
+    model: Any, tokenizer: Any, prompts: list[list[int]], new: int, temperature: float = 0.0, with_graphs: bool = True
+) -> list[list[int]]:
     """Our engine's tokens, `new` of each prompt."""
-    ours = InProcessEngine(model, tokenizer, max_batch=256)
+    ours = InProcessEngine(model, tokenizer, max_batch=256, cuda_graphs=with_graphs)
     ours.eos_ids = frozenset()
     requests = deque(Request(i, tuple(p), SamplingParams(temperature, max_new_tokens=new), i) for i, p in enumerate(prompts))
     done = {c.request.key: list(c.token_ids) for c in ours.generate(requests)}
@@ -242,7 +248,9 @@ def decoding(found: Findings) -> None:
     del decoder
     release_memory()
     new = 256 if found.on_gpu else 8
-    found.values["e_step_tokens_per_s"] = many * new / found.seconds(lambda: sampled(model, tiny_tokenizer(), prompts, new, 1.0))
+    for way in ("", "_without_graphs"):
+        work = functools.partial(sampled, model, tiny_tokenizer(), prompts, new, 1.0, not way)
+        found.values["e_step_tokens_per_s" + way] = many * new / found.seconds(work)
     found.values["generate_tokens_per_s"] = many // 2 * 32 / found.seconds(lambda: generated(model, prompts[: many // 2], 32))
 
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from emreason.engines.gpu.prefill import Prompts, VarlenAttention, kept_slots, put, variable_length
 from emreason.engines.ops import TorchOps, make_ops
 from emreason.engines.packing import PackedLinear
-from emreason.engines.prefill import Prompts, VarlenAttention, kept_slots, put, variable_length
 from emreason.models.families import Facts, Layer, agrees, base_causal_lm, final_logits, read_facts
 from emreason.models.memory import trim
 from emreason.models.training.packed import attention, rotate

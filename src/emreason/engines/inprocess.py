@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from emreason.engines.decoder import Decoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw, signed
+from emreason.engines.gpu.graphs import ROWS_STEP, WIDTH_STEP, Graphs, cuda_recorder
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
 from emreason.questions.prompts import end_of_turn_ids
@@ -92,18 +93,27 @@ class InProcessEngine:
 
     `max_batch`: most rows decoded together. `dtype`: the precision of decoding (None: the model's own); probabilities are always
     float32. `prefix_tokens`: prompt positions whose K/V is kept for prompts that begin alike (put a question's next attempt at the
-    left of the requests to make the most of it). The checkpoint's generation_config is read for its end-of-sequence ids only:
-    temperature, top-p and limits are those of each request.
+    left of the requests to make the most of it). `cuda_graphs`: on a GPU a step is launched as one where the decoder is the fused one.
+    The checkpoint's generation_config is read for its end-of-sequence ids only: temperature, top-p and limits are those of each request.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, max_batch: int = 64, dtype: torch.dtype | None = None, prefix_tokens: int = 4096
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_batch: int = 64,
+        dtype: torch.dtype | None = None,
+        prefix_tokens: int = 4096,
+        cuda_graphs: bool = True,
     ):
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.dtype, self.prefix_tokens = max_batch, dtype, prefix_tokens
-        self.look_every = LOOK_EVERY[next(model.parameters()).device.type]
+        device = next(model.parameters()).device.type
+        self.look_every = LOOK_EVERY[device]
+        self.recorder = cuda_recorder if cuda_graphs and device == "cuda" else None
         self.stats = EngineStats()
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         self.context = int(getattr(base_causal_lm(model).config, "max_position_embeddings", None) or 2**31)
@@ -169,8 +179,10 @@ class _Batch:
     def __init__(self, engine: InProcessEngine, decoder: Decoder):
         self.engine, self.decoder, self.stats = engine, decoder, engine.stats
         self.prefixes = PrefixCache(engine.prefix_tokens if isinstance(decoder, FusedDecoder) else 0)
+        self.graphs: Graphs | None = None
         if isinstance(decoder, FusedDecoder):
             decoder.keep(engine.prefix_tokens)
+            self.graphs = Graphs(engine.recorder()) if engine.recorder else None
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
         self.changed = True  # since `state` was made: token, cached positions, seed, tokens drawn of each row, int64 [4, B]
@@ -245,10 +257,10 @@ class _Batch:
             self._upload()
         longest = max(row.length for row in self.rows)
         self.decoder.reserve(len(self.rows), longest + steps)
-        drawn = [self._advance(min(longest + i, self.engine.context - 1)) for i in range(steps)]
+        drawn = [self._advance(longest + i) for i in range(steps)]
         # the one wait for the device
         picked = torch.stack([torch.stack([ids.double(), logprobs.double()]) for ids, logprobs in drawn]).cpu().numpy()
-        ids, logprobs = picked[:, 0].astype(np.int64).T, picked[:, 1].T
+        ids, logprobs = picked[:, 0].astype(np.int64).T[: len(self.rows)], picked[:, 1].T[: len(self.rows)]
         self.stats.steps += steps
         self.stats.live = len(self.rows)
         done = []
@@ -265,11 +277,27 @@ class _Batch:
     def _upload(self) -> None:
         """What the device needs to know of the rows, in two copies."""
         known = [(row.token, row.length, signed(row.request.seed), len(row.drawn)) for row in self.rows]
+        params = [row.request.params for row in self.rows]
+        if self.graphs:  # rows that nobody reads; the cache has them
+            more = -len(known) % ROWS_STEP
+            known, params = known + [(0, 0, 0, 0)] * more, params + params[:1] * more
         self.state = torch.tensor(known).T.contiguous().to(self.decoder.device, non_blocking=True)
-        self.shaping = Shaping.of([row.request.params for row in self.rows], self.decoder.device)
+        self.shaping = Shaping.of(params, self.decoder.device)
+        if self.graphs:
+            self.state, self.shaping = self.graphs.hold(self.state, self.shaping)
         self.changed = False
 
     def _advance(self, longest: int) -> tuple[Tensor, Tensor]:
+        """`_decode`, as one launch where that is possible; `longest`: cached positions of the longest row."""
+        last = self.engine.context - 1
+        if self.graphs is None or not isinstance(self.decoder, FusedDecoder):
+            return self._decode(min(longest, last))
+        cache, shaping = self.decoder.keys[0], self.shaping
+        width = min(-(-(longest + 1) // WIDTH_STEP) * WIDTH_STEP, cache.shape[2])
+        shape = (self.state.shape[1], width, shaping.warm, shaping.nucleus, shaping.greedy)
+        return self.graphs.run(lambda: self._decode(min(width - 1, last)), shape, self.state, cache)
+
+    def _decode(self, longest: int) -> tuple[Tensor, Tensor]:
         """One step on the device: ids and log-probabilities [B] of the tokens drawn, which come next."""
         tokens, lengths, seeds, counters = self.state
         lengths.clamp_(max=longest)  # a row that has ended may not run out of the model's positions

@@ -165,6 +165,8 @@ def _sampling(shape: Shape, work: Work, width: int) -> Bytes:
             parts["weights"] = shape.table * width
     a_token = (5 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim) * (4 if work.device == "cpu" else width)
     logits = rows * shape.vocabulary * (4 + (width if width < 4 else 0) + 4)
+    if work.device == "cuda":  # CUDA graphs have memory of their own
+        logits *= 2
     return parts | {"a step": logits + max(PREFILL[work.device], rows) * a_token + rows * shape.heads * positions * 4}
 
 
