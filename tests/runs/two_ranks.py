@@ -110,7 +110,13 @@ def run(folder: Path, case: Case, devices: int, sharding: str | None = None, wat
         if os.environ.get("LOCAL_RANK") == "1":
             run_out_of_memory_once(module.engine)
     else:
-        module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda r: case.right(index[r.key[0]], r.key[1])))
+        script = gold_script(questions, lambda r: case.right(index[r.key[0]], r.key[1]))
+
+        def say(request: Any) -> str:
+            again = request.key[-1] == "again"  # `pps_verified` asks for the answer alone; `pps_valid` wants an equation
+            return f" {questions[index[request.key[0]]].answer}" if again else f"1 + 1 = 2, {script(request)}"
+
+        module.engine = ScriptedEngine(module.tokenizer, say)
     before = None if case.model == "smollm2" else vector(module)  # or it would be most of what is measured
     held = Held()
     journal = Journal(folder)
@@ -179,6 +185,8 @@ def every_scheme() -> dict[str, Case]:
             if file.stem != "base":
                 chosen = instantiate(compose("train", [f"sampler={file.stem}", "sampler.max_new_tokens=24"]).sampler)
                 drawn = replace(CASES["drawn"], scheme=chosen, m_step={"on_zero_accepted": "skip", "batch_size": 8}, iterations=3)
+                if file.stem in ("pps_valid", "pps_verified"):  # of what the model draws they take nothing
+                    drawn = replace(drawn, n=5, right=SOME.right)
                 cases |= {f"{file.stem}, {model}": replace(drawn, model=model) for model in ("llama", "untied", "lora")}
     return cases
 
