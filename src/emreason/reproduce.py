@@ -78,9 +78,8 @@ def parts(scale: str, qwen: str | None = None) -> list[Part]:
     if qwen:
         option, overrides = local_model(Path(qwen))
         shared = ("experiment=qwen_cpu", *overrides)
-        grids.append(
-            Part("Qwen with LoRA on 128 questions", "paper-cpu", {option: "qwen"}, ("arc_challenge",), SCHEMES, (1,), 1560, shared)
-        )
+        schemes, datasets = (*SCHEMES, "unfiltered-1"), ("arc_challenge", "openbookqa")
+        grids.append(Part("Qwen with LoRA, whole test splits", "paper-cpu", {option: "qwen"}, datasets, schemes, (1,), 2700, shared))
     return grids
 
 
