@@ -348,11 +348,25 @@ FAULTS = [
         "runs/test_ranks.py::test_two_ranks_do_what_one_does[importance]",
     ),
     fault(
+        "ranks: a sum asks rank after rank",
+        "em/ranks.py",
+        "        dist.all_reduce(values)\n",
+        "        for _ in range(dist.get_world_size() - 1):\n            dist.all_reduce(values / (dist.get_world_size() - 1))\n",
+        "em/test_shards.py::test_what_a_rank_says_in_a_step_does_not_grow_with_the_ranks",
+    ),
+    fault(
+        "shards: the whole weights stay in the M-step",
+        "em/shards.py",
+        "            parameter.data = parameter.data.new_empty(0)\n",
+        "            parameter.data = parameter.data + 0\n",
+        "runs/test_ranks.py::test_two_ranks_do_what_one_does[none and all]",
+    ),
+    fault(
         "shards: a resumed optimizer begins anew",
         "em/shards.py",
         '            set_optimizer_state_dict(self._logprobs, optimizer, state["optimizer"])',
         "            optimizer.state.clear()",
-        "runs/test_interrupt.py::test_two_sharded_ranks_of_which_one_is_killed_go_on_as_one_and_as_two",
+        "runs/test_interrupt.py::test_two_sharded_ranks_that_are_killed_go_on_as_one_and_as_two",
     ),
     fault(
         "ranks: every rank samples all questions",

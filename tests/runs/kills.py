@@ -1,7 +1,7 @@
 """Runs that are killed, and runs that are asked to stop; all modes print what came of it as JSON.
 
     PYTHONPATH=tests python tests/runs/kills.py kill FOLDER KILLS SEED [OVERRIDE...]
-    PYTHONPATH=tests python tests/runs/kills.py shards FOLDER KILLS
+    PYTHONPATH=tests python tests/runs/kills.py shards FOLDER KILLS SEED
     PYTHONPATH=tests python tests/runs/kills.py stop FOLDER
 
 The package is imported once and every run is a fork, so that a kill costs the run and not the imports. A fork calls what the console
@@ -10,7 +10,6 @@ script calls, in a process of its own.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -222,7 +221,14 @@ def stop(folder: Path) -> list[dict]:
     return found
 
 
-PARTS = {"checkpoint": "checkpoints/last-*/*", "m-step": "metrics.jsonl", "e-step": "rationales/*.jsonl", "evaluation": "predictions/v*"}
+PARTS = {
+    "checkpoint": "checkpoints/last-*/*",
+    "m-step": "metrics.jsonl",
+    "e-step": "rationales/*.jsonl",
+    "evaluation": "predictions/v*",
+    "any": "summary.json",
+}
+VICTIMS = ((0,), (1,), (0, 1))
 TWO = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NODE_RANK": "0"}
 
 
@@ -245,52 +251,72 @@ def never() -> bool:
     return False
 
 
-def grown(pattern: str, folder: Path, before: int) -> bool:
-    return size(pattern, folder=folder) > before
+def after(pattern: str, folder: Path, late: float) -> Moment:
+    """`late` seconds after files that match have grown."""
+    before, seen = size(pattern, folder=folder), list[float]()
+
+    def reached() -> bool:
+        if not seen and size(pattern, folder=folder) > before:
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] >= late
+
+    return reached
 
 
-def shards(folder: Path, kills: int) -> dict:
-    """Two sharded ranks of which one is killed, in part after part: the other must end, too, and the run go on, on one rank and on two."""
+def shards(folder: Path, kills: int, seed: int) -> dict:
+    """Two sharded ranks of which one or both are killed, at random moments of part after part: no rank may stay, and the run must go on,
+    on one rank and on two, and end as an uninterrupted one does. One of them has nothing to validate, score or bound.
+    """
+    rng = random.Random(seed)
     folder.mkdir(parents=True)
     scored = ["evaluation.bound=2", "evaluation.diagnostics=[kl,faithfulness]", "evaluation.baseline=[]", "trainer.strategy=shard"]
-    arguments = [*SMOKE, *scored, "dataset.limit.train=20", "dataset.limit.validation=5", "dataset.limit.test=3"]
-    hit, waits, log = Counter[str](), [], folder / "log"
+    arguments = [*SMOKE, *scored, "dataset.limit.train=20", "dataset.limit.validation=1", "dataset.limit.test=3"]
+    hit, apart, runs, log = Counter[str](), Counter[str](), 0, folder / "log"
+    waits: dict[str, list[float]] = {}
 
     def finish(name: str, epochs: int, ranks: int) -> None:
         command = [*arguments, f"trainer.max_epochs={epochs}", f"hydra.run.dir={folder / name}"]
         children = [start("emreason", command, log)] if ranks == 1 else start_two(command, log)
         assert [stop_when(child, never, 0)[1] for child in children] == [0] * ranks, log.read_text()
 
+    began = time.monotonic()
     finish("whole", 3, 2)
-    for number in range(kills):
-        part, victim = list(PARTS)[number % len(PARTS)], number % 2
-        name = folder / "run"
-        done = len(list(name.glob("checkpoints/last-*")))
-        children = start_two([*arguments, "trainer.max_epochs=3", f"hydra.run.dir={name}"], log)
-        before = size(PARTS[part], folder=name)
-        moment = functools.partial(grown, PARTS[part], name, before)
-        killed, _ = stop_when(children[victim], moment, signal.SIGKILL)
-        began = time.monotonic()
-        code = stop_when(children[1 - victim], never, 0)[1]
-        hit[f"{part}, rank {victim}"] += killed
-        waits.append(round(time.monotonic() - began, 1))
-        assert killed, log.read_text()
-        assert code != 0, log.read_text()
-        assert len(list(name.glob("checkpoints/last-*"))) <= done + 2
-    done = json.loads((folder / "run" / "summary.json").read_text())["iterations"] if kills else []
-    finish("run", min(len(done) + 1, 3), 1)
-    finish("run", 3, 2)
-    assert alike(learned(folder / "run")[1:], learned(folder / "whole")[1:])
-    ours, whole = (_load_state_dict_from_keys(checkpoint_id=folder / name / "checkpoints" / "last-002") for name in ("run", "whole"))
-    apart = {
-        "weights": max(difference(ours["weights"][name], weight) for name, weight in whole["weights"].items()),
-        "moments": max(
-            difference(ours["optimizer"]["state"][name]["exp_avg"], moments["exp_avg"])
-            for name, moments in whole["optimizer"]["state"].items()
-        ),
-    }
-    assert [p.name for p in sorted((folder / "run" / "checkpoints").iterdir())] == ["best.ckpt", "last-002", "last.ckpt"]
-    return {"kills": hit.total(), "parts": dict(hit), "longest_wait": max(waits, default=0), "apart": apart}
+    seconds = time.monotonic() - began
+    while not runs or hit.total() < kills:
+        run = folder / f"run{runs}"
+        status = ""
+        for _ in range(4):
+            if hit.total() == kills or status == "finished":
+                break
+            number = hit.total()
+            part, victims = list(PARTS)[number % len(PARTS)], VICTIMS[number % len(VICTIMS)]
+            late = {"any": rng.uniform(0, seconds), "checkpoint": rng.uniform(0, 0.05)}.get(part, rng.uniform(0, 0.3))
+            done = len(list(run.glob("checkpoints/last-*")))
+            children = start_two([*arguments, "trainer.max_epochs=3", f"hydra.run.dir={run}"], log)
+            killed, _ = stop_when(children[victims[0]], after(PARTS[part], run, late), signal.SIGKILL)
+            began = time.monotonic()
+            if killed and len(victims) == 2:
+                os.kill(children[1], signal.SIGKILL)
+            code = stop_when(children[1 - victims[0]], never, 0)[1]
+            status = json.loads((run / "summary.json").read_text())["status"]
+            assert code != 0 or (run / "predictions" / "test.jsonl").exists(), log.read_text()  # then the first rank exports alone
+            if killed:
+                what = f"{part}, {'both' if len(victims) == 2 else f'rank {victims[0]}'}"
+                hit[what] += 1
+                waits.setdefault(what, []).append(round(time.monotonic() - began, 1))
+            assert len(list(run.glob("checkpoints/last-*"))) <= done + 2
+        done = len(json.loads((run / "summary.json").read_text())["iterations"])
+        finish(run.name, min(done + 1, 3), 1)
+        finish(run.name, 3, 2)
+        assert alike(learned(run)[1:], learned(folder / "whole")[1:])
+        ours, whole = (_load_state_dict_from_keys(checkpoint_id=place / "checkpoints" / "last-002") for place in (run, folder / "whole"))
+        for name, weight in whole["weights"].items():
+            apart["weights"] = max(apart["weights"], difference(ours["weights"][name], weight))
+        for name, moments in whole["optimizer"]["state"].items():
+            apart["moments"] = max(apart["moments"], difference(ours["optimizer"]["state"][name]["exp_avg"], moments["exp_avg"]))
+        assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["best.ckpt", "last-002", "last.ckpt"]
+        runs += 1
+    return {"kills": hit.total(), "runs": runs, "parts": dict(hit), "waits": waits, "apart": dict(apart)}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -309,6 +335,6 @@ def alike(a: Any, b: Any) -> bool:
 if __name__ == "__main__":
     mode, place, *rest = sys.argv[1:]
     if mode == "shards":
-        print(json.dumps(shards(Path(place), int(rest[0]))))
+        print(json.dumps(shards(Path(place), int(rest[0]), int(rest[1]))))
         sys.exit()
     print(json.dumps(stop(Path(place)) if mode == "stop" else run(Path(place), int(rest[0]), int(rest[1]), rest[2:])))

@@ -69,6 +69,7 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, name):
             assert two["files"] == one["files"]
             assert two_ranks.difference(two, one) < TOLERANCE.get(name, 1e-5)
             assert torch.equal(two["moved"], ranks[0][name, kind]["moved"])
+            assert kind is None or two["held"] <= 0.6 * one["held"]
     assert (one["error"] is not None) == (name == "none and none")
     if name == "drawn":  # a rank that runs out of memory goes on with half its batch, and the other does not wait for it
         assert ranks[0][name, "shard"]["max_batch"] == one["max_batch"] > 8 > ranks[1][name, "shard"]["max_batch"]

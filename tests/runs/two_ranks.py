@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_module import em_module, gold_script
 from test_samplers import scheme
+from torch.distributed.tensor import DTensor
 
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.e_step import EStep
@@ -29,7 +30,7 @@ from emreason.em.m_step import MStep
 from emreason.em.ranks import Ranks
 from emreason.engines.inprocess import EngineStats, InProcessEngine
 from emreason.models.loading import add_lora, load_package
-from emreason.models.memory import spare_imports
+from emreason.models.memory import spare_imports, trim
 from emreason.questions.prompts import Prompts
 from emreason.runs.experiment import CONF
 from emreason.runs.journal import Journal
@@ -37,6 +38,8 @@ from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
 
 RS = scheme("rs")
+SCORED = scheme("pps", 2, keep=2, weigh="importance")
+"""Its weights take passes of the model, as many as a rank has rationales."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,19 @@ EVERY_OPTION |= {"init": "base", "normalize": "tokens", "tokens_per_batch": 60}
 CASES = {
     "none and all": Case(6, lambda i, _: i % 2 == 1, sharded=True),
     "one and none": Case(6, lambda i, _: i == 0, sharded=True),
-    "none and none, skipped": Case(4, lambda *_: False, m_step={"on_zero_accepted": "skip"}, sharded=True),
+    "none and none, skipped": Case(4, lambda *_: False, SCORED, {"on_zero_accepted": "skip"}, sharded=True),
     "none and none": Case(4, lambda *_: False),
     "uneven shards": SOME,
-    "a rank without a question": Case(1, lambda *_: True),
+    "a rank without a question": Case(1, lambda *_: True, SCORED, sharded=True),
     # the control variate's β is over all ranks' questions, and the second iteration trains on the first one's hinted rationales
-    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice")),
+    "trice": Case(5, lambda i, attempt: attempt == 2 or i in (1, 2), scheme("star", keep=2, weigh="trice"), sharded=True),
     # the second iteration's hinted draws are weighed against the first one's, by the rank that has the question
     "mh": Case(5, lambda i, attempt: attempt == 2 or i == 1, scheme("star", weigh="mh")),
-    "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo")),
-    "bfloat16": replace(SOME, dtype=torch.bfloat16, sharded=True),
+    "rloo": Case(5, lambda i, attempt: attempt <= i % 3, scheme("rs", 3, keep=3, weigh="rloo"), sharded=True),
+    "bfloat16": replace(SOME, dtype=torch.bfloat16, adam=True, sharded=True),
     "adaptive": Case(7, lambda i, attempt: i % 2 == 0 or attempt == 2, scheme("star", choose="adaptive", share=0.5)),
-    # weighed by passes over the first iteration's weights and the second's, as many as a rank has rationales
-    "importance": Case(5, lambda i, _: i in (0, 2, 3), scheme("pps", 2, keep=2, weigh="importance"), model="untied", sharded=True),
+    # weighed by the first iteration's weights and the second's
+    "importance": Case(5, lambda i, _: i in (0, 2, 3), SCORED, model="untied", sharded=True),
     "adapters": replace(SOME, model="lora", adam=True, sharded=True),
     "every option": replace(SOME, m_step=EVERY_OPTION, sharded=True),
     "drawn": Case(16, None, scheme("rs", 4, max_new_tokens=24), {"max_grad_norm": None, "batch_size": 8}, sharded=True),
@@ -107,12 +110,19 @@ def run(folder: Path, case: Case, devices: int, sharding: str | None = None, wat
         if os.environ.get("LOCAL_RANK") == "1":
             run_out_of_memory_once(module.engine)
     else:
-        module.engine = ScriptedEngine(module.tokenizer, gold_script(questions, lambda r: case.right(index[r.key[0]], r.key[1])))
-    before = vector(module)
+        script = gold_script(questions, lambda r: case.right(index[r.key[0]], r.key[1]))
+
+        def say(request: Any) -> str:
+            again = request.key[-1] == "again"  # `pps_verified` asks for the answer alone; `pps_valid` wants an equation
+            return f" {questions[index[request.key[0]]].answer}" if again else f"1 + 1 = 2, {script(request)}"
+
+        module.engine = ScriptedEngine(module.tokenizer, say)
+    before = None if case.model == "smollm2" else vector(module)  # or it would be most of what is measured
+    held = Held()
     journal = Journal(folder)
     trainer = L.Trainer(
         max_epochs=case.iterations, accelerator="cpu", devices=devices, strategy=Ranks(sharding) if devices > 1 else "auto", logger=False,
-        callbacks=[EStep(case.scheme, questions, journal, seed=1), *watch], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EStep(case.scheme, questions, journal, seed=1), held, *watch], enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, inference_mode=False,
         use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder,
     )  # fmt: skip
@@ -124,7 +134,26 @@ def run(folder: Path, case: Case, devices: int, sharding: str | None = None, wat
     rationales = [[r.question_id, r.iteration, r.attempt, r.accepted, r.text] for k in range(case.iterations) for r in journal.read(k)]
     files = sorted(p.name for p in journal.folder.iterdir())
     halved = getattr(module.engine, "max_batch", None)
-    return {"error": error, "rationales": rationales, "moved": vector(module) - before, "files": files, "max_batch": halved}
+    moved = None if before is None else vector(module) - before
+    return {"error": error, "rationales": rationales, "moved": moved, "files": files, "max_batch": halved, "held": held.bytes}
+
+
+class Held(L.Callback):
+    """Bytes of weights, moments and gradients on this rank, and of the whole process, at an optimizer step."""
+
+    bytes = process = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda optimizer, *_: self.count(optimizer, pl_module))
+
+    def count(self, optimizer: Any, pl_module: Any) -> None:
+        copy = [] if pl_module._shards is None else pl_module._shards._logprobs.parameters()
+        parameters = [*pl_module.model.parameters(), *copy, *(p for group in optimizer.param_groups for p in group["params"])]
+        tensors = [*parameters, *(p.grad for p in parameters), *(t for moments in optimizer.state.values() for t in moments.values())]
+        pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, torch.Tensor)]
+        self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in pieces}.values())
+        trim()
+        self.process = status("VmRSS")
 
 
 def run_out_of_memory_once(engine: Any) -> None:
@@ -156,6 +185,8 @@ def every_scheme() -> dict[str, Case]:
             if file.stem != "base":
                 chosen = instantiate(compose("train", [f"sampler={file.stem}", "sampler.max_new_tokens=24"]).sampler)
                 drawn = replace(CASES["drawn"], scheme=chosen, m_step={"on_zero_accepted": "skip", "batch_size": 8}, iterations=3)
+                if file.stem in ("pps_valid", "pps_verified"):  # of what the model draws they take nothing
+                    drawn = replace(drawn, n=5, right=SOME.right)
                 cases |= {f"{file.stem}, {model}": replace(drawn, model=model) for model in ("llama", "untied", "lora")}
     return cases
 
@@ -166,22 +197,13 @@ def memory(folder: Path, devices: int) -> None:
 
     class Watch(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-            self.rest = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 
-        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            trainer.optimizers[0].register_step_post_hook(lambda optimizer, *_: self.count(optimizer, pl_module))
-
-        def count(self, optimizer: Any, pl_module: Any) -> None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            parts = [*parameters, *(p.grad for p in parameters), *(t for s in optimizer.state.values() for t in s.values())]
-            self.held = sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in {id(t): t for t in parts}.values())
-            self.held += sum(p.nbytes for p in pl_module.trainable() if not any(p is q for q in parameters))
-
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-            kind, peak = f"rank {trainer.global_rank} of {devices}", status("VmHWM") - IMPORTS
-            said = f"weights, moments, gradients {self.held / 1e6:.0f} MB; peak beyond what the imports take {peak / 1e6:.0f}"
-            print(f"{kind}, iteration {trainer.current_epoch}: {said} MB", flush=True)
+            held = next(c for c in trainer.callbacks if isinstance(c, Held))
+            parts = {"weights, moments, gradients": held.bytes, "process": held.process - IMPORTS, "its peak": status("VmHWM") - IMPORTS}
+            said = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
+            print(f"rank {trainer.global_rank} of {devices}, iteration {trainer.current_epoch}: {said}", flush=True)
 
     run(folder / str(devices), case, devices, "shard" if devices > 1 else None, [Watch()])
 
