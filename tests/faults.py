@@ -907,7 +907,7 @@ FAULTS = [
     ),
     fault(
         "KV: prefixes overwritten and still offered",
-        "engines/inprocess.py",
+        "engines/prefixes.py",
         "if begin >= self.end or begin + len(other) <= at]",
         "if begin != at]",
         "engines/test_engine.py::test_what_a_kept_prefix_says_is_there_is_there",

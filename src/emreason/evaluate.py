@@ -128,7 +128,7 @@ def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_exa
     import numpy as np
     import torch
 
-    from emreason.engines.inprocess import common_prefix
+    from emreason.engines.prefixes import common_prefix
 
     experiment.model.eval()
     best = []

@@ -28,8 +28,9 @@ from transformers import (
 from emreason.engines.decoder import FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw, inverse_cdf, keep_nucleus, signed
 from emreason.engines.forward import BatchedDecoder
-from emreason.engines.inprocess import MIN_SHARED, InProcessEngine, PrefixCache
+from emreason.engines.inprocess import InProcessEngine
 from emreason.engines.packing import PackedLinear, can_prepack
+from emreason.engines.prefixes import MIN_SHARED, PrefixCache
 from emreason.types import Completion, Request, SamplingParams
 
 EOS, VOCABULARY = 1, 300

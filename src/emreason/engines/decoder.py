@@ -22,8 +22,8 @@ from emreason.models.training.packed import attention, rotate
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 """Prompt tokens per prefill forward (one prompt may exceed it): enough to feed the matmuls, small enough for a CPU's cache."""
 
-CACHE_STEP = 64
-"""Positions by which the cache grows at least."""
+ROWS_STEP, CACHE_STEP = 8, 64
+"""Rows and positions by which the cache grows at least."""
 
 
 class Decoder(Protocol):
@@ -105,7 +105,7 @@ class FusedDecoder:
         have_rows, have_width = self.keys[0].shape[0::2] if self.keys else (0, 0)
         if rows <= have_rows and width <= have_width:
             return
-        rows = max(-(-rows // 8) * 8, have_rows) if rows > have_rows else have_rows
+        rows = max(-(-rows // ROWS_STEP) * ROWS_STEP, have_rows) if rows > have_rows else have_rows
         width = max(-(-width // CACHE_STEP) * CACHE_STEP, have_width)
         for caches in (self.keys, self.values):
             for i in range(len(self.layers)):  # layer by layer, so that the peak stays low

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emreason.engines.decoder import Decoder, FusedDecoder, make_decoder
+from emreason.engines.decoder import CACHE_STEP, ROWS_STEP, Decoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw, signed
-from emreason.engines.gpu.graphs import ROWS_STEP, WIDTH_STEP, Graphs, cuda_recorder
+from emreason.engines.gpu.graphs import Graphs, cuda_recorder
+from emreason.engines.prefixes import MIN_SHARED, PrefixCache, common_prefix
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
 from emreason.questions.prompts import end_of_turn_ids
@@ -37,9 +38,6 @@ LOOK_EVERY = {"cpu": 1, "cuda": 8}
 """Decoding steps between two looks of the host at what was drawn: a GPU is not to wait. What is drawn beyond a row's end is dropped."""
 
 UNKNOWN, PLAIN, LINE_END, END = range(4)
-
-MIN_SHARED = 8
-"""Shortest common prefix, in tokens, that is worth copying instead of recomputing."""
 
 
 @dataclass
@@ -293,7 +291,7 @@ class _Batch:
         if self.graphs is None or not isinstance(self.decoder, FusedDecoder):
             return self._decode(min(longest, last))
         cache, shaping = self.decoder.keys[0], self.shaping
-        width = min(-(-(longest + 1) // WIDTH_STEP) * WIDTH_STEP, cache.shape[2])
+        width = min(-(-(longest + 1) // CACHE_STEP) * CACHE_STEP, cache.shape[2])  # few shapes
         shape = (self.state.shape[1], width, shaping.warm, shaping.nucleus, shaping.greedy)
         return self.graphs.run(lambda: self._decode(min(width - 1, last)), shape, self.state, cache)
 
@@ -306,37 +304,6 @@ class _Batch:
         tokens.copy_(ids)
         self.state[1::2] += 1
         return ids, logprobs
-
-
-class PrefixCache:
-    """Where the K/V of recent prompts lies in a ring of `capacity` positions, whose oldest give way to new ones."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.end = capacity, 0
-        self.entries: list[tuple[np.ndarray, int]] = []  # a prompt's ids, and its first position
-
-    def longest(self, ids: np.ndarray) -> tuple[int, int]:
-        """First position of the entry that shares the longest prefix with `ids`, and that length (0 below `MIN_SHARED`)."""
-        shared = [common_prefix(ids, other) for other, _ in self.entries]
-        best = max(range(len(shared)), key=shared.__getitem__, default=None)
-        if best is None or shared[best] < MIN_SHARED:
-            return 0, 0
-        return self.entries[best][1], shared[best]
-
-    def place(self, ids: np.ndarray) -> int:
-        """The first of the positions that `ids`, no more than the capacity, take; what was there is forgotten."""
-        at = self.end if self.end + len(ids) <= self.capacity else 0
-        self.end = at + len(ids)
-        self.entries = [(other, begin) for other, begin in self.entries if begin >= self.end or begin + len(other) <= at]
-        self.entries.append((ids, at))
-        return at
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two id arrays."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
 
 
 @contextmanager

@@ -18,9 +18,6 @@ log = logging.getLogger(__name__)
 AFTER = 8
 """Steps of a shape that are run kernel by kernel: to record one costs as much as some, and a shape may not come again."""
 
-ROWS_STEP, WIDTH_STEP = 8, 64
-"""Rows and cached positions are rounded up to multiples of these, so that shapes are few."""
-
 Drawn = tuple[Tensor, Tensor]
 Record = Callable[[Callable[[], Drawn]], tuple[Callable[[], None], Drawn]]
 """Of a step: what repeats its work on the same tensors, and where it leaves what the step returns."""
