@@ -1132,10 +1132,10 @@ FAULTS = [
         "questions/test_choice_text.py::test_people_read_words_where_words_are_asked_for",
     ),
     fault(
-        "prediction: words counted as a letter's position",
+        "prediction: an answer in numbers has a position",
         "scores/scoring.py",
-        'letter=q.answer if q.letters and q.answer_as == "letter" else "",',
-        "letter=q.answer,",
+        'position=q.answer if q.letters else "",',
+        "position=q.answer,",
         "questions/test_choice_text.py::test_people_read_words_where_words_are_asked_for",
         "scores/test_scoring.py::test_numbers_have_no_positions",
     ),

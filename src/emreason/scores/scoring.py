@@ -32,7 +32,7 @@ MIN_SHARED = 8
 @dataclass(frozen=True)
 class Prediction:
     """The greedy completion of one question, its answer, and the answer when the answer line is forced; as they are asked for, letters or
-    words. `letter`: the gold one where letters are shown, else empty."""
+    words. `position`: the gold choice's place as a letter, also where none is shown; empty for free answers."""
 
     question_id: str
     question: str
@@ -44,7 +44,7 @@ class Prediction:
     forced_correct: bool
     n_tokens: int
     finish_reason: str
-    letter: str
+    position: str
 
 
 def predict(
@@ -101,7 +101,7 @@ def predict(
             forced_correct=correct(forced_answers[q.id], q),
             n_tokens=len(drawn[q.id].token_ids),
             finish_reason=drawn[q.id].finish_reason,
-            letter=q.answer if q.letters and q.answer_as == "letter" else "",
+            position=q.answer if q.letters else "",
         )
         for q in questions
     ]
@@ -146,8 +146,8 @@ def score(predictions: Sequence[Prediction], seconds: float, forced: bool = True
     hits = sum(p.correct for p in predictions)
     positions: dict[str, list[bool]] = {}
     for p in predictions:
-        if p.letter:
-            positions.setdefault(p.letter, []).append(p.correct)
+        if p.position:
+            positions.setdefault(p.position, []).append(p.correct)
     return {
         "accuracy": hits / n if n else 0.0,
         "forced_accuracy": sum(p.forced_correct for p in predictions) / n if n and forced else None,

@@ -153,7 +153,7 @@ def _positions(runs: Sequence[Run]) -> tables.Table | None:
         if tally
     ]
     columns = ["dataset", "model", "scheme", *letters]
-    return tables.Table("Test accuracy (%) by the gold answer's letter (questions)", columns, rows, tuple(range(3, len(columns))))
+    return tables.Table("Test accuracy (%) by the gold answer's place (questions)", columns, rows, tuple(range(3, len(columns))))
 
 
 def draw_panels(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Drawn]:
