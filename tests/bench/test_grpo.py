@@ -1,4 +1,4 @@
-"""TRL's GRPO beside the schemes: budgets and reward with a trainer that only scripts its draws, and the run folder that the report reads."""
+"""TRL's GRPO beside the schemes: budgets and reward with a trainer of scripted draws, and the run folder that the report reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Trainer:
             gold = json.loads(row["question"])["answer"]
             said = [[{"role": "assistant", "content": f"Thinking.\nAnswer: {answer}"}] for answer in (gold, "-77")]
             ids = [[0] * 5] * 2
-            self.rewards.append(self.reward(completions=said, completion_ids=ids, question=[row["question"]] * 2, prompts=[row["prompt"]] * 2))
+            self.rewards.append(
+                self.reward(completions=said, completion_ids=ids, question=[row["question"]] * 2, prompts=[row["prompt"]] * 2)
+            )
             self.state.global_step += 1
             for callback in self.callbacks:
                 callback.on_step_end(None, self.state, control)
@@ -52,7 +54,8 @@ def scripted(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["grpo", *OVERRIDES, "--generations", "2", "--lr", "1e-5", "--trl", "beta=0.1"])
 
 
-def test_a_run_folder_that_the_report_reads(scripted, tmp_path, capsys):
+@pytest.mark.usefixtures("scripted")
+def test_a_run_folder_that_the_report_reads(tmp_path, capsys):
     grpo.main()
     (run,) = collect([tmp_path / "outputs"])
     assert run.problem is None
@@ -69,7 +72,8 @@ def test_a_run_folder_that_the_report_reads(scripted, tmp_path, capsys):
     assert "hint" not in trainer.rows[0]["prompt"][-1]["content"].lower()
 
 
-def test_seconds_end_it_too(scripted, tmp_path):
+@pytest.mark.usefixtures("scripted")
+def test_seconds_end_it_too(tmp_path):
     sys.argv += ["--seconds", "1e-9"]
     grpo.main()
     (run,) = collect([tmp_path / "outputs"])

@@ -18,6 +18,7 @@ from emreason.laboratory.tabular import TabularEngine, make_questions
 from emreason.models.tiny import load_tiny
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import completion_logprobs, marginal_bounds, rationale_ids, summarize
+from emreason.scores.scoring import token_logprobs
 from emreason.types import Question, Request, SamplingParams
 
 
@@ -47,6 +48,28 @@ def test_the_temperature_of_a_scoring_pass(tiny, prompts):
     expected = (logits / 0.6).log_softmax(-1)[range(len(said)), said].sum()
     assert completion_logprobs(lm, [(prompt, said)], 0.6) == pytest.approx([float(expected)], abs=1e-4)
     assert completion_logprobs(lm, [(prompt, said)], 1.0) != pytest.approx([float(expected)], abs=1e-2)
+
+
+def test_rows_of_one_prompt_are_scored_together(tiny, prompts, monkeypatch):
+    """So that the prompt passes the layers once; in the caller's order again afterwards."""
+    lm, tokenizer = tiny
+    said = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("so it is", "no", "so it must be, then", "a b")]
+    asked = [prompts.ids(q) for q in numbers(2)]
+    pairs = [(asked[i % 2], ids) for i, ids in enumerate(said)]
+    alone = [completion_logprobs(lm, [pair])[0] for pair in pairs]
+    batches: list[list[list[int]]] = []
+
+    def watched(model, input_ids, *rest, **more):
+        batches.append(input_ids.tolist())
+        return token_logprobs(model, input_ids, *rest, **more)
+
+    monkeypatch.setattr("emreason.scores.likelihood.token_logprobs", watched)
+    room = 2 * max(len(prompt) + len(ids) for prompt, ids in pairs)
+    assert completion_logprobs(lm, pairs, tokens_per_batch=room) == pytest.approx(alone, abs=1e-4)
+    assert [{next(p for p in asked if tuple(row[: len(p)]) == p) for row in batch} for batch in batches] in (
+        [{p} for p in asked],
+        [{p} for p in asked[::-1]],
+    )
 
 
 def lab_bounds(lab, prompts, tokenizer, k, copies, seed=5):

@@ -39,7 +39,11 @@ class Scorer(Protocol):
 @torch.no_grad()
 def completion_logprobs(model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0, tokens_per_batch: int = 4096) -> list[float]:
     """A `Scorer` when bound to a model: one batched forward pass, no dropout, the model's own precision."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, completion in pairs:
+        longest[prompt] = max(longest.get(prompt, 0), len(prompt) + len(completion))
+    # rows of one prompt together: where they are packed, it passes the layers once
+    order = sorted(range(len(pairs)), key=lambda i: (longest[pairs[i][0]], pairs[i]))
     rows = [Example(str(i), *pairs[i]) for i in order]
     found = [0.0] * len(pairs)
     with evaluating(model):
