@@ -79,7 +79,7 @@ def parts(scale: str, qwen: str | None = None) -> list[Part]:
         option, overrides = local_model(Path(qwen))
         shared = ("experiment=qwen_cpu", *overrides)
         schemes, datasets = (*SCHEMES, "unfiltered-1"), ("arc_challenge", "openbookqa")
-        grids.append(Part("Qwen with LoRA, whole test splits", "paper-cpu", {option: "qwen"}, datasets, schemes, (1,), 2700, shared))
+        grids.append(Part("Qwen with LoRA, whole test splits", "paper-cpu", {option: "qwen"}, datasets, schemes, (1,), 4000, shared))
     return grids
 
 
