@@ -11,6 +11,7 @@ import pytest
 from emreason.bench.grpo import __main__ as grpo
 from emreason.bench.grpo import train
 from emreason.reports.reading import collect, read_predictions
+from emreason.types import Question
 
 OVERRIDES = ["experiment=smoke", "model=tiny_llama", "engine.dtype=float32", "token_budget=40", "seed=3"]
 
@@ -78,3 +79,21 @@ def test_seconds_end_it_too(tmp_path):
     grpo.main()
     (run,) = collect([tmp_path / "outputs"])
     assert run.iterations[0].tokens == 10
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_training_without_an_end_is_refused(capsys):
+    sys.argv[:] = [a.replace("token_budget=40", "token_budget=null") for a in sys.argv]
+    with pytest.raises(SystemExit):
+        grpo.main()
+    assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_reward_that_trl_does_not_have_is_refused(monkeypatch):
+    monkeypatch.setattr("emreason.questions.datasets.Dataset.questions", lambda self, split: [verified])  # noqa: ARG005
+    with pytest.raises(SystemExit, match="verifier of its own"):
+        grpo.main()
+
+
+verified = Question("1", "2 + 2?", "4", "number", verify=lambda answer: answer == "4")

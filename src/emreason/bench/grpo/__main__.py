@@ -9,6 +9,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from emreason.runs.journal import write_json
 from emreason.runs.summary import git_commit
 from emreason.scores.scoring import Stopwatch, predict, score
 from emreason.tracking.recorder import write_predictions
+from emreason.types import UserError
 
 
 def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -33,6 +35,8 @@ def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict
     model.to(torch.float32).save_pretrained(scratch / "base")
     start.tokenizer.save_pretrained(scratch / "base")
     questions = start.dataset.questions("train")
+    if any(q.verify for q in questions):
+        raise UserError(f"Dataset {cfg.dataset.name} has a verifier of its own, which TRL's process does not have; choose another.")
     rows = [{"prompt": start.prompts.messages(q), "question": json.dumps(dataclasses.asdict(q) | {"verify": None})} for q in questions]
     settings = {
         "learning_rate": options.lr,
@@ -44,7 +48,7 @@ def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict
         **{key: ast.literal_eval(value) for key, value in (text.split("=", 1) for text in options.trl)},
     }
     work = {"model": str(scratch / "base"), "trained": str(scratch / "trained"), "device": "cpu", "train": rows}
-    return work | {"tokens": cfg.token_budget, "seconds": options.seconds or math.inf, "options": settings}
+    return work | {"tokens": cfg.token_budget or math.inf, "seconds": options.seconds or math.inf, "options": settings}
 
 
 def train(work: dict[str, Any], envs: Path, scratch: Path) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Trains and tests; the prompt is the plain one throughout, as in our M-step and evaluation. Raises CalledProcessError if TRL fails."""
     parser = argparse.ArgumentParser(prog="emreason.bench.grpo", description="TRL's GRPO on a run's questions, with its reward.")
-    parser.add_argument("overrides", nargs="+", help="of a run with a token_budget; the scheme's proposals are not looked at")
+    parser.add_argument("overrides", nargs="+", help="of a run; the scheme's proposals are not looked at")
     parser.add_argument("--envs", type=Path, default=Path(".venvs"), help="where TRL's environment is made")
     parser.add_argument("--lr", type=float, default=1e-6, help="TRL's default")
     parser.add_argument("--generations", type=int, default=8, help="completions of a question; TRL's default")
@@ -84,11 +88,16 @@ def main() -> None:
     parser.add_argument("--trl", nargs="*", default=[], metavar="KEY=VALUE", help="of GRPOConfig")
     options = parser.parse_args()
     cfg, _ = compose(options.overrides)
+    if not cfg.token_budget and not options.seconds:
+        parser.error("nothing ends the training: give token_budget=N, an experiment that has one, or --seconds N")
     name = f"grpo-{options.generations}"
     folder = Path("outputs", cfg.tag, cfg.dataset.name, cfg.model.name, f"{name},lr={options.lr:g}", f"seed={cfg.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        work = work_of(cfg, options, Path(scratch))
+        try:
+            work = work_of(cfg, options, Path(scratch))
+        except UserError as error:
+            sys.exit(f"error: {error}")
         drawn = train(work, options.envs, Path(scratch))
         scores = test(cfg, work["trained"], folder)
     e_step = {"acceptance_rate": drawn["groups_with_right"] / drawn["groups"], "tokens": drawn["tokens"], "seconds": drawn["seconds"]}
