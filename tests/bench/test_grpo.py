@@ -11,7 +11,7 @@ import pytest
 from emreason.bench.grpo import __main__ as grpo
 from emreason.bench.grpo import train
 from emreason.reports.reading import collect, read_predictions
-from emreason.types import Question
+from emreason.types import Question, UserError
 
 OVERRIDES = ["experiment=smoke", "model=tiny_llama", "engine.dtype=float32", "token_budget=40", "seed=3"]
 
@@ -92,7 +92,7 @@ def test_a_training_without_an_end_is_refused(capsys):
 @pytest.mark.usefixtures("scripted")
 def test_a_reward_that_trl_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("emreason.questions.datasets.Dataset.questions", lambda self, split: [verified])  # noqa: ARG005
-    with pytest.raises(SystemExit, match="verifier of its own"):
+    with pytest.raises(UserError, match="verifier of its own"):
         grpo.main()
 
 

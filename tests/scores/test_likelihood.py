@@ -53,7 +53,7 @@ def test_the_temperature_of_a_scoring_pass(tiny, prompts):
 def test_rows_of_one_prompt_are_scored_together(tiny, prompts, monkeypatch):
     """So that the prompt passes the layers once; in the caller's order again afterwards."""
     lm, tokenizer = tiny
-    said = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("so it is", "no", "so it must be, then", "a b")]
+    said = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("no", "so it is", "so it must be, then", "a b")]
     asked = [prompts.ids(q) for q in numbers(2)]
     pairs = [(asked[i % 2], ids) for i, ids in enumerate(said)]
     alone = [completion_logprobs(lm, [pair])[0] for pair in pairs]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 
 import emreason
@@ -94,10 +95,7 @@ def main() -> None:
     folder = Path("outputs", cfg.tag, cfg.dataset.name, cfg.model.name, f"{name},lr={options.lr:g}", f"seed={cfg.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            work = work_of(cfg, options, Path(scratch))
-        except UserError as error:
-            sys.exit(f"error: {error}")
+        work = work_of(cfg, options, Path(scratch))
         drawn = train(work, options.envs, Path(scratch))
         scores = test(cfg, work["trained"], folder)
     e_step = {"acceptance_rate": drawn["groups_with_right"] / drawn["groups"], "tokens": drawn["tokens"], "seconds": drawn["seconds"]}
@@ -108,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, HydraException) as error_:
+        sys.exit(f"error: {error_}")
