@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STUDY_SCHEMES ?= rs,star,star_mh,pps,pps_mh,pps_iw,trice,maxrl,pps_verified
 STUDY_SEEDS ?= 1,2,3,4,5
+STUDY_WORDS ?= arc_easy_words,openbookqa_words,gym_family,gym_equations
+STUDY_SUMS ?= sums_4,sums_5
 STUDY ?= # more overrides, e.g. STUDY='model=tiny_llama token_budget=500'
 
 .DEFAULT_GOAL := help
@@ -38,9 +40,10 @@ demo: $(STAMP)  ## compare the sampling schemes with a real model on real questi
 	EMREASON_DATA_ROOT=.data/hub $(BIN)/emreason -m experiment=demo sampler=rs,star,pps
 	$(BIN)/emreason-report outputs/demo/arc_easy_words --out outputs/demo/report
 
-study: $(STAMP)  ## the equal-compute study: schemes x real questions in words, 3- and 4-term sums x 5 seeds, then the report (a day)
+study: $(STAMP)  ## the equal-compute study: nine schemes x six tasks x 5 seeds, then the report (days; resumable)
 	$(BIN)/python -m emreason.questions.mirror .data/hub
-	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/emreason -m experiment=study_words,study,study_4 seed=$(STUDY_SEEDS) sampler=$(STUDY_SCHEMES) $(STUDY)
+	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/emreason -m experiment=study_words dataset=$(STUDY_WORDS) seed=$(STUDY_SEEDS) sampler=$(STUDY_SCHEMES) $(STUDY)
+	$(BIN)/emreason -m experiment=study_4 dataset=$(STUDY_SUMS) seed=$(STUDY_SEEDS) sampler=$(STUDY_SCHEMES) $(STUDY)
 	$(BIN)/emreason-report outputs/study --out outputs/study/report
 
 # the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry

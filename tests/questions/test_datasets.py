@@ -65,7 +65,7 @@ def test_every_gold_answer_of_the_hub_is_accepted(real, name, split):
         assert stated == question.answer or "\n" in question.choices[index], question
 
 
-@pytest.mark.parametrize("name", ["sums", "reasoning_gym"])
+@pytest.mark.parametrize("name", ["sums", "reasoning_gym", "gym_family", "gym_equations"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_generated_gold_answer_is_accepted(name, split):
     for question in build(name).questions(split):
@@ -90,9 +90,9 @@ def test_reasoning_gym_accepts_its_own_answers(task, kind):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [*HUB_NAMES, "sums"])
-def test_worked_examples(real, name):
-    dataset = real.get(name) or build(name)
+@pytest.mark.parametrize("name", [*HUB_NAMES, "openbookqa_words", "sums", "gym_family", "gym_equations"])
+def test_worked_examples(real, hub, name):
+    dataset = real.get(name) or build(name, data_root=hub)
     examples = dataset.worked_examples()
     assert 2 <= len(examples) <= 4
     assert len({example.question.answer for example in examples[:2]}) == 2 or name == "sums"
