@@ -22,8 +22,8 @@ from emreason.reports.comparison import compare
 from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import palette
 from emreason.reports.pages.page import IN_ALL, PER_GROUP, sample_rationales
-from emreason.reports.reading import collect, differing_keys
-from emreason.reports.tables import caption, duration, escape_latex, escape_markdown, runs_table, thousands
+from emreason.reports.reading import DIAGNOSTICS, collect, differing_keys
+from emreason.reports.tables import caption, diagnostics_table, duration, escape_latex, escape_markdown, runs_table, thousands
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
 from emreason.tracking.workspace import SECTIONS
@@ -294,6 +294,21 @@ def test_nulls_and_absent_parts(tmp_path):
     assert runs[0].label == "rs"
     assert write_report(runs, tmp_path / "r")
     assert printed(runs)
+
+
+def test_a_diagnostic_stands_under_its_name(tmp_path):
+    folder = write_run(tmp_path / "a")
+    summary = json.loads((folder / "summary.json").read_text())
+    measured = {key: (i + 1) / 100 for i, key in enumerate(DIAGNOSTICS)}
+    for key, part in DIAGNOSTICS.items():
+        summary["iterations"][-1][part][key] = measured[key]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    table = diagnostics_table(collect([folder]))
+    shown = dict(zip(table.columns, (entry.text for entry in table.rows[0]), strict=True))
+    assert shown == {
+        **{"scheme": "RS-4", "runs": "1", "trivial": "1.0", "answer first": "2.0", "mentions hint": "3.0", "distinct": "4.0"},
+        **{"faithful": "5.0", "chain moves": "6.0", "KL per token": "0.070", "log π(y*|x)": "0.080"},
+    }
 
 
 def test_accuracy_out_of_range_is_named(tmp_path):

@@ -28,6 +28,7 @@ DIAGNOSTICS = {
     "hint_mention_rate": "e_step",
     "distinct_rate": "e_step",
     "faithful_rate": "e_step",
+    "move_rate": "e_step",
     "kl_per_token": "validation",
     "log_marginal": "validation",
 }

@@ -163,7 +163,7 @@ def diagnostics_table(runs: Sequence[Run]) -> Table:
             average = sum(values) / len(values) if values else None
             row.append(percent(average) if key.endswith("_rate") or average is None else f"{average:.3f}".replace("-", "−"))
         rows.append([Entry(text) for text in row])
-    names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "KL per token", "log π(y*|x)"]
+    names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "chain moves", "KL per token", "log π(y*|x)"]
     columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
     where = "" if several or not groups else ": {}, {}".format(*next(iter(groups)))
     title = f"Accepted rationales of the last iteration (%), and the model after it (nats){where}"

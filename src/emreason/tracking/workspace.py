@@ -62,6 +62,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Distinct, and faithful, rationales", _of("e_step", "distinct_rate", "faithful_rate")),
         Chart("Importance weights: effective sample size", ("e_step/effective_sample_size",)),
         Chart("Importance weights: log π(y*|x), nats", ("e_step/log_marginal_iw",)),
+        Chart("Chains: share of right draws that take the kept rationale's place", ("e_step/move_rate",)),
         Chart("|log π of vLLM − log π| a token, nats", ("e_step/logprob_gap",)),
     ),
     "M-step": (
