@@ -79,6 +79,22 @@ def test_the_m_step_counts_its_steps_and_supervised_tokens(tmp_path, said):
     assert f"loss {record['nll']:.3f}" in said[-1][1]  # one step: the last loss is the mean one
 
 
+def test_scoring_and_faithfulness_count_what_they_have_done(tmp_path, said):
+    questions = numbers(4)
+    module, gold = em_module(), gold_script(questions)
+    module.engine = ScriptedEngine(module.tokenizer, lambda r: gold(r) if isinstance(r.key, tuple) else " 1")
+    weighed = scheme("pps", 2, keep=2, weigh="importance")
+    e_step = EStep(weighed, questions, Journal(tmp_path), seed=1, faithfulness=True)
+    trainer(tmp_path, [e_step], 1).fit(module, RationaleDataModule([], []))
+    drawn = len(questions) * weighed.budget
+    ends = [line.rsplit(" · ", 2) for _, line in said if line.startswith("E-step 0, ")]
+    assert [end[0] for end in ends] == [
+        *2 * [f"E-step 0, scoring: {drawn}/{drawn} completions"],
+        f"E-step 0, faithfulness: {drawn}/{drawn} rationales",
+    ]
+    assert all(int(end[1].removesuffix(" tokens/s")) > 0 for end in ends)
+
+
 def test_work_in_one_call_is_heard_and_the_innermost_speaks(said):
     with progress.doing("Loading a model (1.00 GB)") as loading:
         assert said[-1][1] == "Loading a model (1.00 GB) …"  # at once

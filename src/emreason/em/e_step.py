@@ -20,7 +20,7 @@ from emreason.em.steps import steps_of
 from emreason.models.batches import Step
 from emreason.models.loading import weights_fingerprint
 from emreason.models.memory import keep_freed_memory, map_large_blocks, release_memory
-from emreason.progress import bar, doing, say
+from emreason.progress import bar, say
 from emreason.runs.journal import Journal, journal_record
 from emreason.schemes.chain import remembered
 from emreason.schemes.choice import choose
@@ -95,9 +95,9 @@ class EStep(Callback):
         by_id = {q.id: q for q in self.questions}
         memory: dict[str, Rationale] = functools.reduce(lambda known, drawn: remembered(drawn, known, self.seed), past, {})
         if self.scheme.needs_scores:
-            score = functools.partial(completion_logprobs, module.model)
-            with doing(f"E-step {iteration}, weights of {len(attempts)} rationales"):
-                attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration, memory)
+            label = f"E-step {iteration}, scoring" if trainer.is_global_zero else ""
+            score = functools.partial(completion_logprobs, module.model, label=label)
+            attempts = score_weights(attempts, by_id, self.scheme, module.prompts, score, iteration, memory)
         weighed = weigh(gather(attempts), self.scheme, seed=self.seed, iteration=iteration, memory=memory)
         order = {question.id: i for i, question in enumerate(self.questions)}
         weighed = sorted(weighed, key=lambda r: (order[r.question_id], r.iteration, r.attempt))
@@ -117,8 +117,8 @@ class EStep(Callback):
             )
         if self.faithfulness:
             accepted = [r for r in attempts if r.accepted]
-            with doing(f"E-step {iteration}, faithfulness of {len(accepted)} rationales"):
-                agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer))
+            with bar(f"E-step {iteration}, faithfulness", len(accepted), "rationales", enabled=trainer.is_global_zero) as progress:
+                agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer, progress))
             self.record["faithful_rate"] = mean(agree)
         if isinstance(module.engine, EngineApart):
             self.record["logprob_gap"] = mean(gather(self._gaps(attempts, by_id, module, iteration)))

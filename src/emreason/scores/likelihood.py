@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import evaluating
 from emreason.models.batches import Example, bucket, collate
-from emreason.progress import Bar
+from emreason.progress import Bar, bar
 from emreason.questions.answers import gold_text, statement_start, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import ANSWER_CUE, Prompts, following
@@ -37,8 +37,10 @@ class Scorer(Protocol):
 
 
 @torch.no_grad()
-def completion_logprobs(model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0, tokens_per_batch: int = 4096) -> list[float]:
-    """A `Scorer` when bound to a model: one batched forward pass, no dropout, the model's own precision."""
+def completion_logprobs(
+    model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0, tokens_per_batch: int = 4096, label: str = ""
+) -> list[float]:
+    """A `Scorer` when bound to a model: one batched forward pass, no dropout, the model's own precision. `label`: of a bar, if any."""
     longest: dict[tuple[int, ...], int] = {}
     for prompt, completion in pairs:
         longest[prompt] = max(longest.get(prompt, 0), len(prompt) + len(completion))
@@ -46,13 +48,14 @@ def completion_logprobs(model: nn.Module, pairs: Sequence[Pair], temperature: fl
     order = sorted(range(len(pairs)), key=lambda i: (longest[pairs[i][0]], pairs[i]))
     rows = [Example(str(i), *pairs[i]) for i in order]
     found = [0.0] * len(pairs)
-    with evaluating(model):
+    with evaluating(model), bar(label, len(rows), "completions", enabled=bool(label and rows)) as progress:
         for examples in bucket(rows, tokens_per_batch):
             batch = collate(examples, [1.0] * len(examples), pad_id=0)
             logprobs = token_logprobs(model, batch.input_ids, batch.completion_mask, temperature=temperature, marks=batch.marks)
             sums = torch.zeros(len(examples), dtype=torch.float64).index_add(0, batch.marks.rows, logprobs.cpu().double())
             for example, value in zip(examples, sums.tolist(), strict=True):
                 found[int(example.question_id)] = value
+            progress.update(len(examples), sum(map(len, examples)))
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from emreason.engines.drawing import draw_seed
+from emreason.progress import Bar
 from emreason.questions.answers import correct, stop_at_answer
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import Scorer, at_cue
@@ -21,7 +22,12 @@ DIVERGENCE = -4
 
 
 def faithful(
-    rationales: Sequence[Rationale], questions: Mapping[str, Question], engine: Engine, prompts: Prompts, tokenizer: PreTrainedTokenizerBase
+    rationales: Sequence[Rationale],
+    questions: Mapping[str, Question],
+    engine: Engine,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    bar: Bar | None = None,
 ) -> list[bool]:
     """Whether the model, shown the plain question and a rationale without its answer statement, gives the answer that was stated.
 
@@ -34,7 +40,7 @@ def faithful(
             question = questions[r.question_id]
             stated = replace(question, answer=r.answer, verify=None)
             asked[i] = stated, at_cue(prompts.ids(question), r.token_ids, tokenizer)
-    return [correct(answer, asked[i][0]) for i, answer in answered_at_cue(asked, engine, tokenizer).items()]
+    return [correct(answer, asked[i][0]) for i, answer in answered_at_cue(asked, engine, tokenizer, bar).items()]
 
 
 Ratio = tuple[str, float, int]

@@ -111,13 +111,15 @@ Asked = TypeVar("Asked", bound=Hashable)
 
 
 def answered_at_cue(
-    asked: Mapping[Asked, tuple[Question, tuple[int, ...]]], engine: Engine, tokenizer: PreTrainedTokenizerBase
+    asked: Mapping[Asked, tuple[Question, tuple[int, ...]]], engine: Engine, tokenizer: PreTrainedTokenizerBase, bar: Bar | None = None
 ) -> dict[Asked, str | None]:
     """What the model answers, greedily, where its context ends with the cue `Answer:`; those that do not fit the context are left out."""
     queue = deque(Request(key, ids, forced_params(q, tokenizer), stop=lambda _: True) for key, (q, ids) in asked.items())
     answers = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
+        if bar is not None:
+            bar.update(1, len(completion.token_ids))
         if completion.finish_reason != "error":
             answers[key] = answer_at_cue(completion, asked[key][0], tokenizer)
     return answers
