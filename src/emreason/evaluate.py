@@ -67,9 +67,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
     if cfg.bound:
         limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
-        with bar(f"Evaluation, {cfg.bound} draws", len(questions), "questions") as progress:
-            score_given = functools.partial(completion_logprobs, experiment.model)
-            result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, bar=progress))
+        label = f"Evaluation, {cfg.bound} draws"
+        score_given = functools.partial(completion_logprobs, experiment.model, label=f"{label}, scoring")
+        result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, label=label))
     result["seconds"] = watch.seconds
     write_json(folder / result_file(cfg), result)
     return result

@@ -60,8 +60,8 @@ def marginal(mine: list[Question], model: nn.Module, parts: Parts, settings: Eva
     rank, world = rank_and_world()
     # the questions were dealt out in turn, so the first few of all are the first few of each rank
     mine = mine[: max(0, -(-(settings.bound_questions - rank) // world))]
-    score_given = functools.partial(completion_logprobs, model)
+    shown, scoring = (label, f"{label}, scoring") if rank == 0 else ("", "")
+    score_given = functools.partial(completion_logprobs, model, label=scoring)
     asked: dict[str, Any] = {"k": settings.bound, "max_new_tokens": settings.max_new_tokens, "seed": seed}
-    with bar(label, len(mine), "questions", enabled=rank == 0) as progress:
-        bounds = marginal_bounds(mine, *parts, score_given, **asked, bar=progress)
+    bounds = marginal_bounds(mine, *parts, score_given, **asked, label=shown)
     return summarize(sorted(gather(bounds), key=lambda b: b.question_id))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from emreason.engines.drawing import draw_seed
 from emreason.engines.inprocess import evaluating
 from emreason.models.batches import Example, bucket, collate
-from emreason.progress import Bar, bar
+from emreason.progress import bar
 from emreason.questions.answers import gold_text, statement_start, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
 from emreason.questions.prompts import ANSWER_CUE, Prompts, following
@@ -81,14 +81,14 @@ def marginal_bounds(
     max_new_tokens: int,
     seed: int,
     n_examples: int = 0,
-    bar: Bar | None = None,
+    label: str = "",
 ) -> list[Bound]:
     """log 1/K Σₖ π(y*|x, zₖ), zₖ ~ π(z|x), per question, in the order given.
 
     By Jensen's inequality its expectation is at most log π(y*|x), and it rises to it with K (Burda et al. 2016, Thm 1): a bound in the
     mean, not draw by draw. zₖ is the text before a draw's answer statement, the whole text where there is none; then the answer line is
     forced, so the figure is finite and that of the model that always answers: not knowing the format does not enter. π(y*|x, z) is the
-    probability that the line says y* and ends, with a newline or the text; other wordings of y* count as misses.
+    probability that the line says y* and ends, with a newline or the text; other wordings of y* count as misses. `label`: of a bar, if any.
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
@@ -100,16 +100,16 @@ def marginal_bounds(
     )
     pairs: dict[tuple[str, int], list[Pair]] = {}
     answered = dict.fromkeys(by_id, 0)
-    for completion in engine.generate(queue):
-        key: Any = completion.request.key
-        question_id, draw = key
-        prompt_ids = completion.request.prompt_ids
-        z, stated = rationale_ids(completion.token_ids, tokenizer, prompt_ids)
-        answered[question_id] += stated
-        context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
-        pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer)]
-        if bar is not None:
-            bar.update(int(draw == k - 1), len(completion.token_ids))
+    with bar(label, len(questions), "questions", enabled=bool(label)) as progress:
+        for completion in engine.generate(queue):
+            key: Any = completion.request.key
+            question_id, draw = key
+            prompt_ids = completion.request.prompt_ids
+            z, stated = rationale_ids(completion.token_ids, tokenizer, prompt_ids)
+            answered[question_id] += stated
+            context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
+            pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer)]
+            progress.update(int(draw == k - 1), len(completion.token_ids))
     keys = [(q.id, i) for q in questions for i in range(k)]
     logs = iter(score([pair for key in keys for pair in pairs[key]]))
     return [_bound(q.id, [float(logsumexp([next(logs) for _ in pairs[q.id, i]])) for i in range(k)], answered[q.id] / k) for q in questions]
