@@ -780,8 +780,8 @@ FAULTS = [
     fault(
         "scoring pass with dropout",
         "scores/likelihood.py",
-        "    with evaluating(model):\n",
-        "    with torch.no_grad():\n",
+        "    with evaluating(model), bar(",
+        "    with torch.no_grad(), bar(",
         "scores/test_likelihood.py::test_the_scoring_pass_agrees_with_the_engine",
     ),
     fault(
