@@ -117,7 +117,8 @@ class EStep(Callback):
             )
         if self.faithfulness:
             accepted = [r for r in attempts if r.accepted]
-            with bar(f"E-step {iteration}, faithfulness", len(accepted), "rationales", enabled=trainer.is_global_zero) as progress:
+            asked = sum(r.answer is not None for r in accepted)
+            with bar(f"E-step {iteration}, faithfulness", asked, "rationales", enabled=trainer.is_global_zero) as progress:
                 agree = gather(faithful(accepted, by_id, module.engine, module.prompts, module.tokenizer, progress))
             self.record["faithful_rate"] = mean(agree)
         if isinstance(module.engine, EngineApart):
