@@ -11,6 +11,7 @@ import pytest
 from emreason.bench.grpo import __main__ as grpo
 from emreason.bench.grpo import train
 from emreason.reports.reading import collect, read_predictions
+from emreason.scores.scoring import predict
 from emreason.types import Question, UserError
 
 OVERRIDES = ["experiment=smoke", "model=tiny_llama", "engine.dtype=float32", "token_budget=40", "seed=3"]
@@ -79,6 +80,18 @@ def test_seconds_end_it_too(tmp_path):
     grpo.main()
     (run,) = collect([tmp_path / "outputs"])
     assert run.iterations[0].tokens == 10
+
+
+@pytest.mark.usefixtures("scripted")
+def test_worked_examples_are_in_the_prompts_that_train_and_in_those_that_test(monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(grpo, "predict", lambda *a, n_examples, **k: shown.append(n_examples) or predict(*a, n_examples=n_examples, **k))
+    sys.argv += ["--examples", "1"]
+    grpo.main()
+    (run,) = collect([tmp_path / "outputs"])
+    assert run.scheme == "TRL grpo-2,examples=1, lr 1e-05"
+    assert shown == [1]
+    assert [turn["role"] for turn in last[-1].rows[0]["prompt"]] == ["user", "assistant", "user"]
 
 
 @pytest.mark.usefixtures("scripted")

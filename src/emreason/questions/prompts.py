@@ -100,9 +100,9 @@ class Prompts:
         ids = self._encode_around(turns, tail, marks, bos) if marks else list(self.tokenizer.encode(text, add_special_tokens=bos))
         return tuple(ids[:-1] if bos and ids[-1] == self.tokenizer.eos_token_id else ids)
 
-    def messages(self, question: Question) -> list[dict[str, str]]:
+    def messages(self, question: Question, n_examples: int = 0) -> list[dict[str, str]]:
         """The plain prompt as chat messages, `{role, content}`: with a system message where the model's template takes one."""
-        turns = self._turns(question, "question", 0)
+        turns = self._turns(question, "question", n_examples)
         if turns[0][0] == "system":
             system, first, rest = turns[0][1], turns[1][1], turns[2:]
             try:

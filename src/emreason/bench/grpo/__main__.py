@@ -38,7 +38,9 @@ def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict
     questions = start.dataset.questions("train")
     if any(q.verify for q in questions):
         raise UserError(f"Dataset {cfg.dataset.name} has a verifier of its own, which TRL's process does not have; choose another.")
-    rows = [{"prompt": start.prompts.messages(q), "question": json.dumps(dataclasses.asdict(q) | {"verify": None})} for q in questions]
+    prompts = [start.prompts.messages(q, options.examples) for q in questions]
+    asked = [json.dumps(dataclasses.asdict(q) | {"verify": None}) for q in questions]
+    rows = [{"prompt": prompt, "question": question} for prompt, question in zip(prompts, asked, strict=True)]
     settings = {
         "learning_rate": options.lr,
         "num_generations": options.generations,
@@ -63,41 +65,43 @@ def train(work: dict[str, Any], envs: Path, scratch: Path) -> dict[str, Any]:
     return drawn
 
 
-def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, Any]:
-    """The trained model's score on the test split, as a run's; its predictions go into `folder`."""
+def test(cfg: DictConfig, trained: str, folder: Path, n_examples: int) -> dict[str, Any]:
+    """The trained model's score on the test split, as a run's, under the prompt it was trained with; its predictions go into `folder`."""
     with open_dict(cfg):
         cfg.model.load = {"_target_": "emreason.models.loading.load_pretrained", "path": trained}
     ended = build(cfg)
     questions = ended.dataset.questions("test")
-    watch, limit = Stopwatch(), cfg.evaluation.max_new_tokens
+    watch, forced = Stopwatch(), cfg.evaluation.forced
     with bar("Test", len(questions), "questions") as progress:
         parts = (ended.engine, ended.prompts, ended.tokenizer)
-        found = predict(questions, *parts, max_new_tokens=limit, forced=cfg.evaluation.forced, bar=progress)
+        limit = cfg.evaluation.max_new_tokens
+        found = predict(questions, *parts, max_new_tokens=limit, n_examples=n_examples, forced=forced, bar=progress)
     write_predictions(folder, "test", found)
-    return score(found, watch.seconds, forced=cfg.evaluation.forced)
+    return score(found, watch.seconds, forced=forced)
 
 
 def main() -> None:
-    """Trains and tests; the prompt is the plain one throughout, as in our M-step and evaluation. Raises CalledProcessError if TRL fails."""
+    """Trains and tests, both under the plain prompt or both with worked examples. Raises CalledProcessError if TRL fails."""
     parser = argparse.ArgumentParser(prog="emreason.bench.grpo", description="TRL's GRPO on a run's questions, with its reward.")
     parser.add_argument("overrides", nargs="+", help="of a run; the scheme's proposals are not looked at")
     parser.add_argument("--envs", type=Path, default=Path(".venvs"), help="where TRL's environment is made")
     parser.add_argument("--lr", type=float, default=1e-6, help="TRL's default")
     parser.add_argument("--generations", type=int, default=8, help="completions of a question; TRL's default")
     parser.add_argument("--questions", type=int, default=4, help="of an optimizer step")
+    parser.add_argument("--examples", type=int, default=0, help="worked examples in every prompt, the test's included")
     parser.add_argument("--seconds", type=float, help="of training, after which it ends though tokens are left")
     parser.add_argument("--trl", nargs="*", default=[], metavar="KEY=VALUE", help="of GRPOConfig")
     options = parser.parse_args()
     cfg, _ = compose(options.overrides)
     if not cfg.token_budget and not options.seconds:
         parser.error("nothing ends the training: give token_budget=N, an experiment that has one, or --seconds N")
-    name = f"grpo-{options.generations}"
+    name = f"grpo-{options.generations}" + (f",examples={options.examples}" if options.examples else "")
     folder = Path("outputs", cfg.tag, cfg.dataset.name, cfg.model.name, f"{name},lr={options.lr:g}", f"seed={cfg.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = work_of(cfg, options, Path(scratch))
         drawn = train(work, options.envs, Path(scratch))
-        scores = test(cfg, work["trained"], folder)
+        scores = test(cfg, work["trained"], folder, options.examples)
     e_step = {"acceptance_rate": drawn["groups_with_right"] / drawn["groups"], "tokens": drawn["tokens"], "seconds": drawn["seconds"]}
     summary = {"dataset": cfg.dataset.name, "model": cfg.model.name, "sampler": "grpo", "scheme": f"TRL {name}, lr {options.lr:g}"}
     summary |= {"seed": cfg.seed, "status": "finished", "test": scores, "git_commit": git_commit(), "seconds": drawn["seconds"]}
