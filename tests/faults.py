@@ -1761,8 +1761,8 @@ FAULTS = [
     fault(
         "chats: the hinted prompt",
         "questions/prompts.py",
-        'turns = self._turns(question, "question", 0)',
-        'turns = self._turns(question, "rationalization", 0)',
+        'turns = self._turns(question, "question", n_examples)',
+        'turns = self._turns(question, "rationalization", n_examples)',
         "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
     ),
     fault(

@@ -228,3 +228,22 @@ def test_packed_weights_take_the_place_of_the_mapped_ones(file, adapted):
     with torch.inference_mode():
         FusedDecoder(base_causal_lm(model), facts)
     assert held() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("product", "expected"),
+    [({"float32": 0.012, "bfloat16": 0.004}, torch.bfloat16), ({"float32": 0.004, "bfloat16": 0.009}, torch.float32)],
+)
+@pytest.mark.parametrize("busy_from", [0.0, 0.05, 0.09, 0.15])
+def test_auto_is_the_faster_type_though_the_machine_is_busy_for_a_while(monkeypatch, product, expected, busy_from):
+    """Two runs that started at once: every product took four times as long for a fifth of a second, which fell on bfloat16's alone."""
+    now = [0.0]
+
+    def linear(a, b):  # noqa: ARG001
+        busy = busy_from <= now[0] < busy_from + 0.2
+        now[0] += product[str(a.dtype).removeprefix("torch.")] * (4 if busy else 1)
+
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loading.nn.functional, "linear", linear)
+    assert loading.choose_dtype("auto", torch.device("cpu")) is expected
+    assert now[0] < 0.5
