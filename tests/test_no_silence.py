@@ -118,6 +118,29 @@ def test_short_work_is_not_announced_and_ranks_but_the_first_are_silent(said, mo
     assert said == []
 
 
+def test_the_time_left_is_told_by_what_was_done_now_not_before_an_interruption(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    work = progress.Bar("E-step 1", 512, "questions", resumed=440, done=440, started=0.0)
+    now[0] = 19.0
+    work.update(3)
+    assert "left" not in work.line()  # 3 of 72
+    work.update(16)
+    assert work.line().startswith("E-step 1: 459/512 questions")
+    assert work.line().endswith(" · 53 s left")
+
+
+def test_questions_settled_before_an_interruption_are_counted_at_once(tmp_path, said):
+    questions = numbers(4)
+    for _ in range(2):  # the second reads what the first has drawn
+        module = em_module()
+        module.engine = ScriptedEngine(module.tokenizer, gold_script(questions))
+        trainer(tmp_path, [EStep(scheme("rs"), questions, Journal(tmp_path), seed=1)], 1).fit(module, RationaleDataModule([], []))
+    first, second = [line for _, line in said if re.fullmatch(r"E-step 0: .*\.\d s", line)]
+    assert first.startswith("E-step 0: 4/4 questions · accepted 100% · ")
+    assert second.startswith("E-step 0: 4/4 questions · resumed · 0 tokens/s")
+
+
 def test_what_is_said_is_plain_text(capfd):
     progress.say("[red]x[/red] :smile: \x1b[2J\x07\nsecond")
     assert capfd.readouterr().err == "[red]x[/red] :smile:  [2J \nsecond\n"

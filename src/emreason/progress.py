@@ -75,12 +75,13 @@ def say(text: str) -> None:
 
 @dataclass
 class Bar:
-    """Counts units of work done and tokens processed; `note` is shown beside them."""
+    """Counts units of work done, of which `resumed` were before it began, and tokens processed; `note` is shown beside them."""
 
     label: str
     total: int
     unit: str
     progress: Progress | None = None
+    resumed: int = 0
     done: int = 0
     tokens: int = 0
     note: str = ""
@@ -98,8 +99,9 @@ class Bar:
         if self.progress is not None:
             return ""
         seconds = time.monotonic() - self.started
+        fresh, rest = self.done - self.resumed, self.total - self.done
         # the first units come late and together: no estimate from them
-        left = f" · {seconds / self.done * (self.total - self.done):.0f} s left" if self.done > 0.05 * self.total else ""
+        left = f" · {seconds / fresh * rest:.0f} s left" if fresh > 0.05 * (fresh + rest) else ""
         return f"{self.label}: {self.done}/{self.total} {self.unit} · {self._rate()} · {seconds:.0f} s{left}"
 
     def _rate(self) -> str:
@@ -108,18 +110,18 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[Bar]:
+def bar(label: str, total: int, unit: str, *, resumed: int = 0, enabled: bool = True) -> Iterator[Bar]:
     """Show progress over `total` units; ends with one summary line. `enabled=False` (ranks > 0) shows nothing."""
+    current = Bar(label, total, unit, resumed=resumed, done=resumed, note="resumed" if resumed else "")
     if not enabled:
-        yield Bar(label, total, unit)
+        yield current
         return
-    current = Bar(label, total, unit)
     with ExitStack() as shown:
         if console().is_terminal:
             counted = ("{task.description}", BarColumn(24), MofNCompleteColumn(), unit, "{task.fields[note]}")
             columns = (*counted, TimeElapsedColumn(), "left", TimeRemainingColumn())
             current.progress = shown.enter_context(Progress(*columns, console=console(), transient=True))
-            current.progress.add_task(label, total=total, note="")
+            current.progress.add_task(label, total=total, completed=resumed, note=current.note)
         shown.enter_context(_voice.during(current))
         yield current
     seconds = time.monotonic() - current.started

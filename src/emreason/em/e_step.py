@@ -139,9 +139,8 @@ class EStep(Callback):
         trainer = module.trainer
         with (
             self.journal.appending(iteration, trainer.global_rank, trainer.world_size) as lines,
-            bar(f"E-step {iteration}", len(mine), "questions", enabled=trainer.is_global_zero) as progress,
+            bar(f"E-step {iteration}", len(mine), "questions", resumed=settled, enabled=trainer.is_global_zero) as progress,
         ):
-            progress.update(settled, 0, "resumed" if settled else "")
             parts = (module.engine, module.prompts, module.tokenizer)
             for rationale in sample(mine, self.scheme, *parts, seed=self.seed, iteration=iteration, replayed=attempts):
                 lines.append(journal_record(by_id[rationale.question_id], rationale))
