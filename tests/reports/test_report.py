@@ -393,12 +393,13 @@ def test_a_row_of_the_runs_table(tmp_path):
         for k, (a, v) in enumerate([(0.3, 0.4), (0.6, 0.5)])
     ]
     write_run(tmp_path / "a", "pps", seed=7, iterations=0)
-    summary = json.loads((tmp_path / "a/summary.json").read_text()) | {"iterations": rows, "test": score(0.7), "seconds": 95.0}
+    done = {"iterations": rows, "test": score(0.7), "best_iteration": 1, "seconds": 95.0}
+    summary = json.loads((tmp_path / "a/summary.json").read_text()) | done
     (tmp_path / "a/summary.json").write_text(json.dumps(summary))
     (row,) = runs_table(collect([tmp_path])).rows
     low, high = (f"{100 * x:.0f}" for x in stats.wilson(70, 100))
     assert [entry.text for entry in row] == [
-        "PPS", "7", "0.0", "8.0", "1.0 → 40 50", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3.0k", "95 s",
+        "PPS", "7", "0.0", "8.0", "1.0 → 40 50*", f"70.0 [{low}, {high}]", "72.0", "30 60 (25)", "20 21", "3.0k", "95 s",
     ]  # fmt: skip
 
 

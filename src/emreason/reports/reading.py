@@ -73,7 +73,7 @@ class Run:
 
     `status` is that of summary.json, or `missing` (no summary yet) or `unreadable`. `label` is the scheme as it is shown:
     its name, with the config keys that set it apart where runs of one scheme differ. `config` is flat: dotted key → value. `base`: the base
-    model's validation, by the names of `Iteration.numbers`.
+    model's validation, by the names of `Iteration.numbers`. `tested`: index of the iteration whose model `test` is of.
     """
 
     folder: Path
@@ -89,6 +89,7 @@ class Run:
     few_shot: Score | None = None
     start: Score | None = None
     test: Score | None = None
+    tested: int | None = None
     iterations: tuple[Iteration, ...] = ()
     seconds: float | None = None
     peak_memory_bytes: int | None = None
@@ -185,6 +186,7 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
         start=_score(baseline.get("validation")),
         base=scalars({"validation": baseline.get("validation")}),
         test=_score(summary.get("test")),
+        tested=summary.get("best_iteration"),
         iterations=tuple(_iteration(i) for i in summary.get("iterations") or []),
         seconds=_number(summary.get("seconds")),
         peak_memory_bytes=summary.get("peak_memory_bytes"),

@@ -119,7 +119,10 @@ def pairs_table(comparison: Comparison) -> Table:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One row per run, finished or not: baselines, accuracy per iteration, final test, acceptance beside chance, cost. Accuracies in %."""
+    """One row per run, finished or not: baselines, accuracy per iteration, test of the iteration with a `*`, acceptance, cost.
+
+    Accuracies in %, acceptance beside chance.
+    """
     several = len({(run.dataset, run.model) for run in runs}) > 1
     rows = [[Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])] for run in runs]
     of = [(run.dataset, run.model, run.label) for run in runs]
@@ -135,7 +138,7 @@ RUN_COLUMNS = [
     "seed",
     "zero-shot",
     "few-shot",
-    "validation per iteration",
+    "validation per iteration (*: tested)",
     "test [95%-CI]",
     "forced test",
     "accepted per iteration (chance)",
@@ -184,7 +187,7 @@ def halves(table: Table) -> list[Table]:
 
 def _run_row(run: Run, where: Sequence[str]) -> list[str]:
     status = "" if run.status == "finished" and run.test else f" ({run.status})"
-    curve = " ".join(_short(i.validation.accuracy if i.validation else None) for i in run.iterations)
+    curve = " ".join(_short(i.validation.accuracy if i.validation else None) + "*" * (i.index == run.tested) for i in run.iterations)
     return [
         run.label + status,
         str(run.seed),

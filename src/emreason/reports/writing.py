@@ -112,7 +112,7 @@ def _run_records(run: Run) -> list[dict[str, object]]:
     shared |= {name: score.accuracy if score else None for name, score in scores.items()}
     tested = {"low": "low", "high": "high", "forced": "forced_accuracy", "extraction_rate": "extraction_rate", "n": "n"}
     shared |= {f"test_{name}": getattr(run.test, attribute, None) for name, attribute in tested.items()}
-    shared |= {"run_seconds": run.seconds, "peak_memory_bytes": run.peak_memory_bytes}
+    shared |= {"tested_iteration": run.tested, "run_seconds": run.seconds, "peak_memory_bytes": run.peak_memory_bytes}
     columns = {"iteration": "index", "acceptance": "acceptance", "chance_acceptance": "chance"}
     columns |= {name: name for name in ("tokens", "seconds", "rationale_tokens", "errored")}
     rows: list[dict[str, object]] = [
