@@ -95,7 +95,7 @@ def test_what_a_gpu_would_suffer_from_is_noticed(planted, monkeypatch):
         return head(causal_lm, x[torch.ones(len(x), dtype=torch.bool, device=x.device)], targets, *rest)
 
     def looks(causal_lm, x, *rest):
-        return head(causal_lm, x * float(x.sum()), *rest)
+        return head(causal_lm, x * float(x.detach().sum()), *rest)
 
     def copied(causal_lm, x, targets, *rest):
         return head(causal_lm, x, torch.zeros(len(targets), dtype=torch.long).to(x.device), *rest)
