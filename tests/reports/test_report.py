@@ -309,6 +309,9 @@ def test_a_diagnostic_stands_under_its_name(tmp_path):
         **{"scheme": "RS-4", "runs": "1", "trivial": "1.0", "answer first": "2.0", "mentions hint": "3.0", "distinct": "4.0"},
         **{"faithful": "5.0", "chain moves": "6.0", "KL per token": "0.070", "log π(y*|x)": "0.080"},
     }
+    write_run(tmp_path / "b")  # without a chain, a bound or a probe
+    assert diagnostics_table(collect([tmp_path])).columns == table.columns
+    assert not {"faithful", "chain moves", "log π(y*|x)"} & {*diagnostics_table(collect([tmp_path / "b"])).columns}
 
 
 def test_accuracy_out_of_range_is_named(tmp_path):

@@ -151,22 +151,24 @@ RUN_COLUMNS = [
 def diagnostics_table(runs: Sequence[Run]) -> Table:
     """One row per scheme: what its accepted rationales of the last iteration look like, and the model after it; means over finished runs.
 
-    Shares in %. No rows where no run has any of it.
+    Shares in %. No column for what no run has measured, no rows where no run has any of it.
     """
     groups: dict[tuple[str, str, str], list[Iteration]] = {}
     for run in runs:
         if run.problem is None and run.iterations and run.iterations[-1].diagnostics:
             groups.setdefault((run.dataset, run.model, run.label), []).append(run.iterations[-1])
     several = len({key[:2] for key in groups}) > 1
+    measured = [key for key in DIAGNOSTICS if any(key in i.diagnostics for last in groups.values() for i in last)]
     rows = []
     for (dataset, model, label), last in groups.items():
         row = [*((dataset, model) if several else ()), label, str(len(last))]
-        for key in DIAGNOSTICS:
+        for key in measured:
             values = [i.diagnostics[key] for i in last if key in i.diagnostics]
             average = sum(values) / len(values) if values else None
             row.append(percent(average) if key.endswith("_rate") or average is None else f"{average:.3f}".replace("-", "−"))
         rows.append([Entry(text) for text in row])
-    names = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "chain moves", "KL per token", "log π(y*|x)"]
+    headings = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "chain moves", "KL per token", "log π(y*|x)"]
+    names = [heading for key, heading in zip(DIAGNOSTICS, headings, strict=True) if key in measured]
     columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
     where = "" if several or not groups else ": {}, {}".format(*next(iter(groups)))
     title = f"Accepted rationales of the last iteration (%), and the model after it (nats){where}"
