@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 from conftest import ScriptedEngine, numbers
@@ -17,9 +17,11 @@ from emreason import progress, train
 from emreason.em.datamodule import RationaleDataModule
 from emreason.em.e_step import EStep
 from emreason.em.module import EMModule
+from emreason.engines.decoder import FusedDecoder
 from emreason.engines.inprocess import InProcessEngine
 from emreason.runs.journal import Journal
 from emreason.tracking.m_step_bar import MStepBar
+from emreason.types import Request, SamplingParams
 
 EVERY_S = 0.2
 SLOW_S = 3.0  # far from `EVERY_S`: a busy machine wakes the thread late
@@ -111,6 +113,23 @@ def test_work_in_one_call_is_heard_and_the_innermost_speaks(said):
     assert any(line.startswith("Converting · ") and line.endswith(" s so far") for line in heard)
     assert not any("Loading" in line and "so far" in line for line in heard)
     assert heard[-1].startswith("Loading a model (1.00 GB) · 5 parameters · ")
+
+
+def test_the_reading_of_long_prompts_is_heard(said, monkeypatch):
+    prefill = FusedDecoder.prefill
+
+    def slow(decoder, jobs):
+        waited = time.monotonic()
+        while not said and time.monotonic() - waited < 30:
+            time.sleep(0.05)
+        prefill(decoder, jobs)
+
+    monkeypatch.setattr(FusedDecoder, "prefill", slow)
+    module = em_module()
+    prompt = tuple(module.tokenizer(numbers(1)[0].text).input_ids)
+    requests = deque([Request("q", prompt, SamplingParams(max_new_tokens=2))])
+    assert len(list(InProcessEngine(module.model, module.tokenizer).generate(requests))) == 1
+    assert {line.rpartition(" · ")[0] for _, line in said} == {f"Reading prompts, {len(prompt) - 1} tokens"}
 
 
 def test_short_work_is_not_announced_and_ranks_but_the_first_are_silent(said, monkeypatch):

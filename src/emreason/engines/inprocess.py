@@ -26,6 +26,7 @@ from emreason.engines.gpu.graphs import Graphs, cuda_recorder
 from emreason.engines.prefixes import MIN_SHARED, PrefixCache, common_prefix
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
+from emreason.progress import doing
 from emreason.questions.prompts import end_of_turn_ids
 from emreason.types import Completion, FinishReason, Request, UserError
 
@@ -240,7 +241,8 @@ class _Batch:
             self.stats.prefilled += len(ids) - known
         if isinstance(self.decoder, FusedDecoder):
             self.decoder.load(kept)
-        self.decoder.prefill(jobs)
+        with doing(f"Reading prompts, {sum(len(ids) for *_, ids in jobs):,} tokens", at_once=False):
+            self.decoder.prefill(jobs)
         if isinstance(self.decoder, FusedDecoder):
             fresh = [(index, self.rows[index].ids) for index, _, ids in jobs if ids]
             placed = [(index, ids, self.prefixes.place(ids)) for index, ids in fresh if ids.size <= self.prefixes.capacity]
