@@ -145,6 +145,17 @@ def printed(runs, width: int = 160) -> str:
     return console.file.getvalue()
 
 
+def test_no_word_is_broken_at_eighty_columns(tmp_path):
+    for dataset in ("ai2_arc_words", "openbookqa", "sums"):
+        for seed in (1, 2):
+            write_run(tmp_path / dataset / str(seed), "star", seed, iterations=9, dataset=dataset)
+    lines = printed(collect([tmp_path]), 80).splitlines()
+    words = {word for line in lines for word in line.split()}
+    assert {"STaR", "smollm2_135m", "baseline", "ai2_arc_words", "openbookqa"} <= words
+    assert max(map(len, lines)) <= 80
+    assert any(line.count("STaR") and line.count("±") == 3 for line in lines)
+
+
 def test_the_command_writes_tables_figures_and_page(grid, capsys):
     main([str(grid)])
     out = grid / "report"

@@ -314,11 +314,12 @@ def rich_table(table: Table) -> RichTable:
         title=Text(table.title, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
     )
     for i, column in enumerate(table.columns):
-        # A heading takes a line per word, so that the numbers below set the width; lists of numbers may wrap, single ones not.
+        # A heading takes a line per word, so that the cells below set the width; they wrap between words, but a long path.
+        words = [word for row in table.rows for word in row[i].text.split()]
         drawn.add_column(
             Text("\n".join(plain(column).split())),
             justify="right" if i in table.numeric else "left",
-            no_wrap=i in table.numeric,
+            min_width=min(max(map(len, words), default=0), 20),
             overflow="fold",
         )
     for n, row in enumerate(table.rows):
