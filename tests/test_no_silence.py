@@ -38,6 +38,12 @@ def said(monkeypatch):
     return lines
 
 
+def wait_for(said, lines: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(said) < lines and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def longest_silence(lines, start: float, end: float) -> float:
     times = [start, *(second for second, _ in lines if start <= second <= end), end]
     return max(b - a for a, b in itertools.pairwise(times))
@@ -105,9 +111,7 @@ def test_work_in_one_call_is_heard_and_the_innermost_speaks(said):
     with progress.doing("Loading a model (1.00 GB)") as loading:
         assert said[-1][1] == "Loading a model (1.00 GB) …"  # at once
         with progress.doing("Converting", at_once=False):
-            waited = time.monotonic()
-            while len(said) < 2 and time.monotonic() - waited < 30:
-                time.sleep(0.05)
+            wait_for(said, 2)
         loading.note = "5 parameters"
     heard = [line for _, line in said]
     assert any(line.startswith("Converting · ") and line.endswith(" s so far") for line in heard)
@@ -119,9 +123,7 @@ def test_the_reading_of_long_prompts_is_heard(said, monkeypatch):
     prefill = FusedDecoder.prefill
 
     def slow(decoder, jobs):
-        waited = time.monotonic()
-        while not said and time.monotonic() - waited < 30:
-            time.sleep(0.05)
+        wait_for(said, 1)
         prefill(decoder, jobs)
 
     monkeypatch.setattr(FusedDecoder, "prefill", slow)
