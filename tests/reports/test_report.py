@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from emreason.report import main
@@ -23,7 +27,19 @@ from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import palette
 from emreason.reports.pages.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import DIAGNOSTICS, collect, differing_keys
-from emreason.reports.tables import caption, diagnostics_table, duration, escape_latex, escape_markdown, runs_table, thousands
+from emreason.reports.tables import (
+    Entry,
+    Table,
+    caption,
+    diagnostics_table,
+    duration,
+    escape_latex,
+    escape_markdown,
+    halves,
+    rich_table,
+    runs_table,
+    thousands,
+)
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
 from emreason.tracking.workspace import SECTIONS
@@ -154,6 +170,32 @@ def test_no_word_is_broken_at_eighty_columns(tmp_path):
     assert {"STaR", "smollm2_135m", "baseline", "ai2_arc_words", "openbookqa"} <= words
     assert max(map(len, lines)) <= 80
     assert any(line.count("STaR") and line.count("±") == 3 for line in lines)
+
+
+NAME = st.text("abcde_", min_size=1, max_size=14)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.lists(NAME, max_size=3).map(" ".join), min_size=3, max_size=3), min_size=1, max_size=3), st.integers(24, 90))
+def test_a_table_fits_its_terminal_and_loses_no_letter(texts, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(rich_table(Table("", texts[0], [[Entry(text) for text in row] for row in texts]), width))
+    printed = console.file.getvalue().replace("─", "")
+    told = " ".join(" ".join(row) for row in [texts[0], *texts])
+    assert max(map(len, printed.splitlines())) <= width
+    assert Counter("".join(printed.split())) == Counter("".join(told.split()))
+    longest = [max((len(word) for row in texts for word in row[i].split()), default=1) for i in range(3)]
+    if sum(longest) + 3 * 2 <= width:
+        assert Counter(printed.split()) == Counter(told.split())
+
+
+def test_no_column_for_what_no_run_has_measured(tmp_path):
+    write_run(tmp_path / "run", "star", 1)
+    run = collect([tmp_path])[0]
+    bare = replace(run, few_shot=None, test=replace(run.test, forced_accuracy=None))
+    assert {"few-shot", "forced test"} <= set(runs_table([run, bare]).columns)
+    assert not {"few-shot", "forced test"} & set(runs_table([bare]).columns)
+    assert [part.columns[:2] for part in halves(runs_table([bare]))] == [["scheme", "seed"]] * 2
 
 
 def test_the_command_writes_tables_figures_and_page(grid, capsys):

@@ -52,9 +52,9 @@ def run(cfg: DictConfig, folder: Path) -> float:
     still = {s.display: unchanged(model, s, lab.iterations) for s in map(hydra.utils.instantiate, lab.schemes.values())}
     found: dict[str, Any] = {name: vars(c) | {"kl_of_unchanging_model": still.get(name)} for name, c in curves.items()}
     write_json(folder / "exact.json", found)
-    console = Console(width=max(Console().width, 100))
+    console = Console()
     for told in (table(curves, len(model.rationales)), still_table(still)):
-        console.print(rich_table(told))
+        console.print(rich_table(told, console.width))
     draw(curves, still, folder / "exact.png")
     print(f"Written: {folder / 'exact.json'}\n         {folder / 'exact.png'}")
     return curves[EXACT].log_marginal[-1]

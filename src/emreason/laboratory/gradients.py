@@ -54,7 +54,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     series = {name: [hydra.utils.instantiate(c, budget=budget) for budget in lab.budgets[name]] for name, c in lab.schemes.items()}
     found = {scheme.display: moments(model, scheme) for schemes in series.values() for scheme in schemes}
     write_json(folder / "variance.json", {name: _record(m) for name, m in found.items()})
-    Console(width=max(Console().width, 100)).print(rich_table(table(model, found)))
+    console = Console()
+    console.print(rich_table(table(model, found), console.width))
     draw(model, {name: {s.display: found[s.display] for s in schemes} for name, schemes in series.items()}, folder / "variance.png")
     print(f"Written: {folder / 'variance.json'}\n         {folder / 'variance.png'}")
     return list(found.values())[-1].cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from emreason.reports.reading import DIAGNOSTICS, Iteration, Run, Score
 from emreason.types import plain
 
 DAGGER = "†"
+GAP = 2  # characters between columns
+PART = r"[^\s_]*_+|[^\s_]+"  # of a text, what a line may end after
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -124,11 +127,13 @@ def runs_table(runs: Sequence[Run]) -> Table:
     Accuracies in %, acceptance beside chance.
     """
     several = len({(run.dataset, run.model) for run in runs}) > 1
-    rows = [[Entry(text) for text in _run_row(run, [run.dataset, run.model] if several else [])] for run in runs]
+    columns = [*RUN_COLUMNS[:2], *(["dataset", "model"] if several else []), *RUN_COLUMNS[2:]]
+    texts = [_run_row(run, [run.dataset, run.model] if several else []) for run in runs]
+    filled = [i for i, name in enumerate(columns) if name not in OPTIONAL or any(row[i] != "—" for row in texts)]
+    columns, rows = [columns[i] for i in filled], [[Entry(row[i]) for i in filled] for row in texts]
     of = [(run.dataset, run.model, run.label) for run in runs]
     rules = [n for n in range(1, len(runs)) if of[n] != of[n - 1]]
-    columns = [*RUN_COLUMNS[:2], *(["dataset", "model"] if several else []), *RUN_COLUMNS[2:]]
-    numeric = [columns.index(name) for name in ("seed", "zero-shot", "few-shot", "forced test", "tokens generated", "time")]
+    numeric = [columns.index(name) for name in ("seed", *OPTIONAL, "tokens generated", "time") if name in columns]
     place = "" if several or not runs else f": {runs[0].dataset}, {runs[0].model}"
     return Table(f"Runs{place} (accuracies and acceptance in %)", columns, rows, tuple(numeric), tuple(rules))
 
@@ -146,6 +151,7 @@ RUN_COLUMNS = [
     "tokens generated",
     "time",
 ]
+OPTIONAL = ("zero-shot", "few-shot", "forced test")  # no column where no run has it
 
 
 def diagnostics_table(runs: Sequence[Run]) -> Table:
@@ -178,7 +184,7 @@ def diagnostics_table(runs: Sequence[Run]) -> Table:
 def halves(table: Table) -> list[Table]:
     """The runs' table in two for narrow terminals: accuracies, then the E-step and its cost."""
     cut = table.columns.index("accepted per iteration (chance)")
-    lead = table.columns.index("zero-shot")
+    lead = next(i for i, name in enumerate(table.columns) if name in RUN_COLUMNS[2:])
     parts = []
     for title, kept in ((table.title, range(cut)), ("", [*range(lead), *range(cut, len(table.columns))])):
         rows = [[row[i] for i in kept] for row in table.rows]
@@ -308,20 +314,51 @@ def escape_latex(text: str) -> str:
     return "".join(LATEX.get(c, c) for c in plain(text))
 
 
-def rich_table(table: Table) -> RichTable:
-    """For the terminal. Cells are Text objects: nothing in them is read as markup."""
+def rich_table(table: Table, width: int) -> RichTable:
+    """For a terminal of `width` characters. Cells are Text objects: nothing in them is read as markup.
+
+    What does not fit breaks between words or after an underscore, and elsewhere only where that is not enough.
+    """
     drawn = RichTable(
         title=Text(table.title, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
     )
-    for i, column in enumerate(table.columns):
-        # A heading takes a line per word, so that the cells below set the width; they wrap between words, but a long path.
-        words = [word for row in table.rows for word in row[i].text.split()]
-        drawn.add_column(
-            Text("\n".join(plain(column).split())),
-            justify="right" if i in table.numeric else "left",
-            min_width=min(max(map(len, words), default=0), 20),
-            overflow="fold",
-        )
+    widths = _widths(table, width)
+    for i, (column, wide) in enumerate(zip(table.columns, widths, strict=True)):
+        heading = Text("\n".join(_broken(word, wide) for word in plain(column).split()))
+        drawn.add_column(heading, justify="right" if i in table.numeric else "left", width=wide, overflow="fold")
     for n, row in enumerate(table.rows):
-        drawn.add_row(*[Text(plain(e.text), style="bold" if e.bold else "") for e in row], end_section=n + 1 in table.rules)
+        cells = [Text(_broken(plain(e.text), wide), style="bold" if e.bold else "") for e, wide in zip(row, widths, strict=True)]
+        drawn.add_row(*cells, end_section=n + 1 in table.rules)
     return drawn
+
+
+def unbroken(table: Table) -> int:
+    """Characters a line of the table takes in a terminal that breaks no cell; a heading has a line per word."""
+    return sum(wide + GAP for wide in _extents(table, r".+"))
+
+
+def _widths(table: Table, room: int) -> list[int]:
+    """Of each column, so that all fit into `room`: whichever has the most to spare gives way, above its longest word, part, letter."""
+    widths, words, parts = (_extents(table, unit) for unit in (r".+", r"\S+", PART))
+    while sum(wide + GAP for wide in widths) > room and max(widths) > 1:
+        spare = [(max(wide - word, 0), max(wide - part, 0), wide) for wide, word, part in zip(widths, words, parts, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _extents(table: Table, unit: str) -> list[int]:
+    """Of each column, the longest match of `unit` in its cells and in its heading's words."""
+    texts = [[*plain(column).split(), *(plain(row[i].text) for row in table.rows)] for i, column in enumerate(table.columns)]
+    return [max((len(found) for text in column for found in re.findall(unit, text)), default=1) for column in texts]
+
+
+def _broken(text: str, width: int) -> str:
+    """A text whose words longer than `width` have line breaks after underscores."""
+
+    def fold(word: re.Match[str]) -> str:
+        lines = [""]
+        for part in re.findall(PART, word[0]):
+            lines[-1:] = [lines[-1] + part] if len(lines[-1] + part) <= width or not lines[-1] else [lines[-1], part]
+        return "\n".join(lines)
+
+    return re.sub(rf"\S{{{width + 1},}}", fold, text)

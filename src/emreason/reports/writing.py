@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.text import Text
 
 from emreason.reports import tables
@@ -28,15 +27,14 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     places = [[run for run in shown if (run.dataset, run.model) == place] for place in dict.fromkeys((r.dataset, r.model) for r in shown)]
     for here in places:
         listed = tables.runs_table(here)
-        unbroken = Measurement.get(console, console.options.update(width=1000), tables.rich_table(listed)).maximum
-        for table in [listed] if unbroken <= console.width else tables.halves(listed):
-            console.print(tables.rich_table(table))
+        for table in [listed] if tables.unbroken(listed) <= console.width else tables.halves(listed):
+            console.print(tables.rich_table(table, console.width))
     if shown:
-        console.print(tables.rich_table(tables.paper_table(comparison)))
+        console.print(tables.rich_table(tables.paper_table(comparison), console.width))
         console.print(Text(tables.caption(), style="dim"))
     for here in places:
         if (told := tables.diagnostics_table(here)).rows:
-            console.print(tables.rich_table(told))
+            console.print(tables.rich_table(told, console.width))
     for note in comparison.notes:
         console.print(Text(plain(note), style="yellow"))
 
