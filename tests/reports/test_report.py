@@ -25,21 +25,10 @@ from emreason.report import main
 from emreason.reports.comparison import compare
 from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import palette
+from emreason.reports.forms import Entry, Table, escape_latex, escape_markdown, rich_table
 from emreason.reports.pages.page import IN_ALL, PER_GROUP, sample_rationales
 from emreason.reports.reading import DIAGNOSTICS, collect, differing_keys
-from emreason.reports.tables import (
-    Entry,
-    Table,
-    caption,
-    diagnostics_table,
-    duration,
-    escape_latex,
-    escape_markdown,
-    halves,
-    rich_table,
-    runs_table,
-    thousands,
-)
+from emreason.reports.tables import caption, diagnostics_table, duration, halves, runs_table, thousands
 from emreason.reports.writing import print_runs, write_report
 from emreason.scores import stats
 from emreason.tracking.workspace import SECTIONS

@@ -17,7 +17,7 @@ from torch import Tensor
 from emreason.laboratory.tabular import Hint, Tabular, TabularEngine, accepted, kl, make_questions, make_tabular, rationale_index
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts, PromptTemplate
-from emreason.reports.tables import Entry, Table, rich_table
+from emreason.reports.forms import Entry, Table, rich_table
 from emreason.runs.journal import write_json
 from emreason.runs.keys import TRAIN_KEYS, check_keys
 from emreason.schemes.chain import remembered

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emreason.laboratory.tabular import Hint, Tabular, completion_ids, make_tabular
 from emreason.models.tiny import tiny_tokenizer
-from emreason.reports.tables import Entry, Table, rich_table
+from emreason.reports.forms import Entry, Table, rich_table
 from emreason.runs.journal import write_json
 from emreason.runs.keys import TRAIN_KEYS, check_keys
 from emreason.schemes.samplers import Scheme

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from emreason.reports import tables
+from emreason.reports import forms, tables
 from emreason.reports.collapse import draw_collapse
 from emreason.reports.comparison import Comparison, Pair, compare
 from emreason.reports.figures import draw_all, palette
@@ -27,14 +27,14 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     places = [[run for run in shown if (run.dataset, run.model) == place] for place in dict.fromkeys((r.dataset, r.model) for r in shown)]
     for here in places:
         listed = tables.runs_table(here)
-        for table in [listed] if tables.unbroken(listed) <= console.width else tables.halves(listed):
-            console.print(tables.rich_table(table, console.width))
+        for table in [listed] if forms.unbroken(listed) <= console.width else tables.halves(listed):
+            console.print(forms.rich_table(table, console.width))
     if shown:
-        console.print(tables.rich_table(tables.paper_table(comparison), console.width))
+        console.print(forms.rich_table(tables.paper_table(comparison), console.width))
         console.print(Text(tables.caption(), style="dim"))
     for here in places:
         if (told := tables.diagnostics_table(here)).rows:
-            console.print(tables.rich_table(told, console.width))
+            console.print(forms.rich_table(told, console.width))
     for note in comparison.notes:
         console.print(Text(plain(note), style="yellow"))
 
@@ -65,18 +65,18 @@ def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
     paper, pairs = tables.paper_table(comparison), tables.pairs_table(comparison)
     shown = [run for run in runs if run.known]
     listed, told = tables.runs_table(shown), tables.diagnostics_table(shown)
-    notes = "".join(f"- {tables.escape_markdown(note)}\n" for note in comparison.notes)
+    notes = "".join(f"- {forms.escape_markdown(note)}\n" for note in comparison.notes)
     sections = [
-        f"## {paper.title}\n\n{tables.markdown(paper)}\n{tables.caption()}\n",
+        f"## {paper.title}\n\n{forms.markdown(paper)}\n{tables.caption()}\n",
         f"## Notes\n\n{notes}" if notes else "",
-        f"## {pairs.title}\n\n{tables.markdown(pairs)}" if pairs.rows else "",
-        f"## {listed.title}\n\n{tables.markdown(listed)}",
-        f"## {told.title}\n\n{tables.markdown(told)}" if told.rows else "",
+        f"## {pairs.title}\n\n{forms.markdown(pairs)}" if pairs.rows else "",
+        f"## {listed.title}\n\n{forms.markdown(listed)}",
+        f"## {told.title}\n\n{forms.markdown(told)}" if told.rows else "",
     ]
     return {
         "table.md": "\n".join(section for section in sections if section),
         "table.csv": _csv(comparison_records(comparison)["schemes"]),
-        "table.tex": tables.latex(paper, tables.caption(), comparison.notes),
+        "table.tex": forms.latex(paper, tables.caption(), comparison.notes),
         "pairs.csv": _csv(comparison_records(comparison)["pairs"]),
         "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
     }

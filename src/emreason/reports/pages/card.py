@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from emreason.reports.tables import Entry, Table, escape_markdown, markdown, percent
+from emreason.reports.forms import Entry, Table, escape_markdown, markdown
+from emreason.reports.tables import percent
 from emreason.scores.stats import wilson
 
 PAPER = "2512.20169"

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from emreason.reports import tables
+from emreason.reports import forms, tables
 from emreason.reports.comparison import Comparison
 from emreason.reports.figures import GREY, STYLE, Drawn, cumulative, curves_of, handle, numbers, palette
 from emreason.reports.reading import Run, by_place, differing_keys, read_attempts
@@ -134,7 +134,7 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[st
     return rows
 
 
-def _positions(runs: Sequence[Run]) -> tables.Table | None:
+def _positions(runs: Sequence[Run]) -> forms.Table | None:
     """Test accuracy in % by the letter of the gold answer, pooled over seeds: a model that favours a letter shows here."""
     letters = sorted({letter for run in runs if run.test for letter in run.test.positions})
     if not letters:
@@ -147,13 +147,13 @@ def _positions(runs: Sequence[Run]) -> tables.Table | None:
             cell[0] += n
             cell[1] += n * accuracy
     rows = [
-        [tables.Entry(text) for text in key]
-        + [tables.Entry(f"{tables.percent(tally[x][1] / tally[x][0])} ({tally[x][0]:.0f})" if x in tally else "—") for x in letters]
+        [forms.Entry(text) for text in key]
+        + [forms.Entry(f"{tables.percent(tally[x][1] / tally[x][0])} ({tally[x][0]:.0f})" if x in tally else "—") for x in letters]
         for key, tally in pooled.items()
         if tally
     ]
     columns = ["dataset", "model", "scheme", *letters]
-    return tables.Table("Test accuracy (%) by the gold answer's place (questions)", columns, rows, tuple(range(3, len(columns))))
+    return forms.Table("Test accuracy (%) by the gold answer's place (questions)", columns, rows, tuple(range(3, len(columns))))
 
 
 def draw_panels(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Drawn]:
