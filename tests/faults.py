@@ -611,9 +611,16 @@ FAULTS = [
     fault(
         "MaxRL: no control variate",
         "schemes/weights.py",
-        "attempt.accepted / right - 1 / k",
+        "attempt.accepted / right - own / k",
         "attempt.accepted / right",
         "laboratory/test_gradients.py::test_maxrl_s_own_estimator_is_of_the_order_below",
+    ),
+    fault(
+        "RLOO, MaxRL: draws with worked examples are subtracted",
+        "schemes/weights.py",
+        "own = not scheme.n_examples(attempt.iteration)",
+        "own = True",
+        "schemes/test_weights.py::test_draws_with_worked_examples_are_not_subtracted",
     ),
     fault(
         "MH: the kept rationale's weight is of the prompt that it came from",
@@ -632,7 +639,7 @@ FAULTS = [
     fault(
         "MH: a control variate whose mean is not 0",
         "schemes/chain.py",
-        "if draws_the_model(a, scheme) or not strict]",
+        "if draws_the_model(a, scheme)]",
         "if True]",
         "laboratory/test_laboratory.py::test_the_gradient_of_a_chain_is_that_of_its_law",
     ),

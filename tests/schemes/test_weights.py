@@ -93,6 +93,21 @@ def test_rloo_weighs_every_draw_against_the_others():
     assert weights(mixed + alike, rloo)[:4] == weights(mixed, rloo)
 
 
+def test_draws_with_worked_examples_are_not_subtracted():
+    """They are another prompt's: to subtract them unlearns the form that the examples teach, as on sums of four (outputs/README.md)."""
+    mixed, later = ([plain(n, n in (1, 4), iteration=i) for n in (1, 2, 3, 4)] for i in (0, 1))
+    for weigh_, shown, own in (
+        ("rloo", [1 / 4, 0, 0, 1 / 4], [1 / 6, -1 / 6, -1 / 6, 1 / 6]),
+        ("maxrl", [1 / 2, 0, 0, 1 / 2], [1 / 4, -1 / 4, -1 / 4, 1 / 4]),
+    ):
+        examples = scheme("rs", 4, keep=4, weigh=weigh_, worked_examples=2, worked_examples_iterations=1)
+        assert weights(mixed, examples) == pytest.approx(shown)
+        assert weights(later, examples) == pytest.approx(own)
+    trice = scheme("star", 1, keep=2, weigh="trice", worked_examples=2)
+    pairs = [a for q in "ab" for a in (plain(1, q == "a", q), plain(2, True, q, proposal="rationalization"))]
+    assert weights(pairs, trice) == [1, 0, 0, 1]
+
+
 def test_trice_keeps_a_rationale_and_subtracts_the_control_variate():
     trice = scheme("star", 1, keep=2, weigh="trice")
     # iteration 0: of the hinted and the plain draw the plain one stays if it is right, the hinted one is enough to begin

@@ -76,14 +76,13 @@ def weigh_chain(
     z'ₘ is the rationale after this iteration's draws, the first of which, z̃ₘ, is of the plain prompt. E ∇log π(z̃ₘ) = 0, so βₘ changes the
     variance alone as long as it does not depend on z̃ₘ: it is the share of correct draws among the *other* questions with a rationale. Where
     z̃ₘ is correct, z'ₘ = z̃ₘ counts 1 − βₘ; a wrong one counts −βₘ. The paper's minibatch is a whole iteration here, and
-    `m_step.normalize` is what its mean is over. Under `mh` the questions are those that had a rationale before, since having one now may
-    be z̃ₘ's doing, and there is no control variate where z̃ₘ is not drawn from the model itself, since then its mean is not 0.
+    `m_step.normalize` is what its mean is over. There is no control variate where z̃ₘ is not drawn from the model itself, since then its
+    mean is not 0. Under `mh` the questions are those that had a rationale before, since having one now may be z̃ₘ's doing.
     """
     after = remembered(attempts, memory, seed)
-    strict = scheme.weigh == "mh"
-    begun = memory if strict else after
+    begun = memory if scheme.weigh == "mh" else after
     plain = [a for a in attempts if a.proposal == "question" and a.attempt == 1 and a.finish_reason != "error" and a.question_id in begun]
-    drawn = [a for a in plain if draws_the_model(a, scheme) or not strict]
+    drawn = [a for a in plain if draws_the_model(a, scheme)]
     correct = sum(a.accepted for a in drawn)
     weights = {(r.question_id, r.iteration, r.attempt): 1.0 for r in after.values()}
     for a in drawn:

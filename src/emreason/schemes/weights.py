@@ -68,6 +68,9 @@ def weigh(
       E[Σ rₖSₖ/n] = (1 − (1−p)ᴷ) ∇log p, and E[ΣSₖ/K; n ≥ 1] = p (1−p)ᴷ⁻¹ ∇log p since E[S] = 0; so the control variate, which leaves
       out groups without a right draw, lowers the order by one: (1 − (1−p)ᴷ⁻¹) ∇log p = Σ_{k<K} ∇pass@k / k, which is RS-(K−1)'s update.
 
+    Draws with worked examples are of another prompt than the one trained, so what both subtract has not the mean 0: it unlearns the form
+    that the examples teach. There it is left out, and a right draw counts 1/K (`rloo`) or 1/n (`maxrl`).
+
     And for one rationale per question that persists over iterations: `trice`, `mh`, see `chain.py`.
 
     Args:
@@ -105,10 +108,11 @@ def _against_the_group(attempts: Sequence[Rationale], scheme: Scheme) -> list[Ra
         right = sum(a.accepted for a in group)
         if len(group) < k or not right:  # a prompt that does not fit the context; nothing to tell apart
             return 0.0
+        own = not scheme.n_examples(attempt.iteration)
         if scheme.weigh == "maxrl":
-            return attempt.accepted / right - 1 / k
+            return attempt.accepted / right - own / k
         others = right - attempt.accepted
-        return (attempt.accepted - others / (k - 1)) / k
+        return (attempt.accepted - own * others / (k - 1)) / k
 
     return [replace(a, weight=weight(a)) for a in attempts]
 
