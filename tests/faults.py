@@ -616,11 +616,11 @@ FAULTS = [
         "laboratory/test_gradients.py::test_maxrl_s_own_estimator_is_of_the_order_below",
     ),
     fault(
-        "RLOO, MaxRL: draws with worked examples are subtracted",
+        "RLOO, MaxRL: draws that are not the model's own are subtracted",
         "schemes/weights.py",
-        "own = not scheme.n_examples(attempt.iteration)",
+        "own = draws_the_model(attempt, scheme)",
         "own = True",
-        "schemes/test_weights.py::test_draws_with_worked_examples_are_not_subtracted",
+        "schemes/test_weights.py::test_draws_that_are_not_the_model_s_own_are_not_subtracted",
     ),
     fault(
         "MH: the kept rationale's weight is of the prompt that it came from",

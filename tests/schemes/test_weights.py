@@ -93,8 +93,8 @@ def test_rloo_weighs_every_draw_against_the_others():
     assert weights(mixed + alike, rloo)[:4] == weights(mixed, rloo)
 
 
-def test_draws_with_worked_examples_are_not_subtracted():
-    """They are another prompt's: to subtract them unlearns the form that the examples teach, as on sums of four (outputs/README.md)."""
+def test_draws_that_are_not_the_model_s_own_are_not_subtracted():
+    """With worked examples, or at another temperature: to subtract them unlearns the form of the answers, as on sums of four."""
     mixed, later = ([plain(n, n in (1, 4), iteration=i) for n in (1, 2, 3, 4)] for i in (0, 1))
     for weigh_, shown, own in (
         ("rloo", [1 / 4, 0, 0, 1 / 4], [1 / 6, -1 / 6, -1 / 6, 1 / 6]),
@@ -103,6 +103,7 @@ def test_draws_with_worked_examples_are_not_subtracted():
         examples = scheme("rs", 4, keep=4, weigh=weigh_, worked_examples=2, worked_examples_iterations=1)
         assert weights(mixed, examples) == pytest.approx(shown)
         assert weights(later, examples) == pytest.approx(own)
+        assert weights(later, replace(examples, temperature=0.6)) == pytest.approx(shown)
     trice = scheme("star", 1, keep=2, weigh="trice", worked_examples=2)
     pairs = [a for q in "ab" for a in (plain(1, q == "a", q), plain(2, True, q, proposal="rationalization"))]
     assert weights(pairs, trice) == [1, 0, 0, 1]

@@ -12,7 +12,7 @@ from scipy.special import logsumexp, softmax
 
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
-from emreason.schemes.chain import acceptance_ratios, weigh_chain
+from emreason.schemes.chain import acceptance_ratios, draws_the_model, weigh_chain
 from emreason.schemes.contrast import contrast_weight, contrasts
 from emreason.schemes.samplers import Scheme, by_question
 from emreason.scores.likelihood import Scorer
@@ -68,8 +68,8 @@ def weigh(
       E[Σ rₖSₖ/n] = (1 − (1−p)ᴷ) ∇log p, and E[ΣSₖ/K; n ≥ 1] = p (1−p)ᴷ⁻¹ ∇log p since E[S] = 0; so the control variate, which leaves
       out groups without a right draw, lowers the order by one: (1 − (1−p)ᴷ⁻¹) ∇log p = Σ_{k<K} ∇pass@k / k, which is RS-(K−1)'s update.
 
-    Draws with worked examples are of another prompt than the one trained, so what both subtract has not the mean 0: it unlearns the form
-    that the examples teach. There it is left out, and a right draw counts 1/K (`rloo`) or 1/n (`maxrl`).
+    Draws with worked examples or at another temperature are not the trained model's, so what both subtract has not the mean 0: it unlearns
+    the form of the answers. There it is left out, and a right draw counts 1/K (`rloo`) or 1/n (`maxrl`).
 
     And for one rationale per question that persists over iterations: `trice`, `mh`, see `chain.py`.
 
@@ -108,7 +108,7 @@ def _against_the_group(attempts: Sequence[Rationale], scheme: Scheme) -> list[Ra
         right = sum(a.accepted for a in group)
         if len(group) < k or not right:  # a prompt that does not fit the context; nothing to tell apart
             return 0.0
-        own = not scheme.n_examples(attempt.iteration)
+        own = draws_the_model(attempt, scheme)
         if scheme.weigh == "maxrl":
             return attempt.accepted / right - own / k
         others = right - attempt.accepted
