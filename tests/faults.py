@@ -1775,7 +1775,7 @@ FAULTS = [
     fault(
         "hub: an upload that failed is not made again",
         "train.py",
-        "return _pushed(settings, folder, done)",
+        "return _left(settings, folder, done)",
         "return done",
         "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
     ),

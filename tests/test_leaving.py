@@ -129,6 +129,15 @@ def test_a_runs_card_chats_and_merged_model_go_to_the_hub(tmp_path, monkeypatch,
     assert len(hint) > 8
     assert not any(hint in message["content"] for r in loaded for message in r["prompt"])
 
+    # the model, where it is not to be kept
+    emreason.run(*JOB, "keep_model=false")
+    assert not (folder / "model").exists()
+    assert list(folder.glob("rationales/*.jsonl*"))
+    with pytest.raises(UserError, match="keep_model=true"):
+        emreason.evaluation(f"run={folder}")
+    with pytest.raises(UserError, match="kept no model"):
+        emreason.run(*JOB, "hub.push=me/another")
+
 
 def test_an_upload_without_a_token_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -170,7 +170,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
-        raise UserError(f"run={cfg.run}: no finished run is there (config.yaml and model/ are missing); finish it with `emreason` first.")
+        why = "no finished run with its model is there (config.yaml or model/ is missing)"
+        raise UserError(f"run={cfg.run}: {why}; finish it with `emreason` first, with keep_model=true.")
     dataset_given = any(override.startswith("dataset=") for override in overrides)
     trained = read_config(folder / "config.yaml")
     with open_dict(cfg):

@@ -55,10 +55,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if done := None if settings.overwrite else _done(settings, folder):
             if first:
                 console().print(f"Finished already: {folder}", highlight=False)
-            return _pushed(settings, folder, done)
+            return _left(settings, folder, done)
         if first:
             write_atomic(folder / "config.yaml", settings.text)
-        return _pushed(settings, folder, _train(settings, folder))
+        return _left(settings, folder, _train(settings, folder))
 
 
 def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
@@ -98,12 +98,22 @@ def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
     return before if finished else None
 
 
+def _left(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run, whose model is on the Hub if that is wanted, and gone from here if it is not to be kept."""
+    summary = _pushed(settings, folder, summary)
+    if not settings.keep_model and rank() == 0:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    return summary
+
+
 def _pushed(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The summary of a finished run, whose model is on the Hub if that is wanted."""
     if settings.push is None or rank() > 0 or (summary.get("pushed") or {}).get("to") == settings.push:
         return summary
     from emreason.tracking.leaving import push
 
+    if not (folder / "model").is_dir():
+        raise UserError(f"hub.push={settings.push}: {folder} kept no model (keep_model=false); overwrite=true trains it again.")
     with doing(f"Uploading {folder / 'model'} to {settings.push}"):
         summary = summary | {"pushed": {"to": settings.push, "commit": push(folder / "model", settings.push, settings.private)}}
     write_json(folder / "summary.json", summary)
@@ -268,7 +278,8 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
             print_runs(collect([folder]), Console())
             near = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
-            print(f"Run folder: {folder}\nNext: emreason-eval run={near} samples=8, or emreason-report {near}")
+            evaluate = f"emreason-eval run={near} samples=8, or " if cfg.keep_model else ""
+            print(f"Run folder: {folder}\nNext: {evaluate}emreason-report {near}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 
 

@@ -49,8 +49,8 @@ def test_every_option_composes_and_resolves(group, option):
 
 
 MAY_CHANGE = {
-    "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "data_root",
-    "engine.max_batch", "quiet", "plan", "hub", "peft.merge",
+    "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "keep_model",
+    "data_root", "engine.max_batch", "quiet", "plan", "hub", "peft.merge",
 }  # fmt: skip
 """What alters neither what is sampled nor what is learned nor how it is scored."""
 

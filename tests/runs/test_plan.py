@@ -67,3 +67,11 @@ def test_an_engine_of_somebodys_own_has_a_plan_too(tmp_path):
     """It need not have the keys of ours."""
     said = plan(composed("model=smollm2_135m", "dataset=sums_2", "~engine.dtype", "~engine.max_batch"), tmp_path)
     assert "Memory at most, estimated in float32: E-step" in said
+
+
+def test_what_a_run_of_a_sweep_leaves_on_the_disk(tmp_path):
+    """`make study` keeps 270 runs and none of their models."""
+    kept = plan(composed("model=smollm2_135m", "dataset=sums_2"), tmp_path)
+    assert "GB, model/ about 0.5 GB if auto means float32; the journal" in kept
+    said = plan(composed("experiment=study_4", "engine.dtype=bfloat16"), tmp_path)
+    assert "GB until the run is finished, model/ about 0.3 GB until the run is finished; the journal" in said

@@ -20,7 +20,10 @@ from emreason.types import UserError
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
 # What may differ between two runs of one experiment.
 INCIDENTAL_SECTIONS = {"hydra", "logger", "paths"}
-INCIDENTAL_NAMES = {"dir", "run_dir", "output_dir", "save_dir", "dirpath", "default_root_dir", "data_root", "overwrite", "keep_checkpoints"}
+INCIDENTAL_NAMES = {
+    *("dir", "run_dir", "output_dir", "save_dir", "dirpath", "default_root_dir", "data_root"),
+    *("overwrite", "keep_checkpoints", "keep_model"),
+}
 # diagnostic -> the part of an iteration's record that holds it
 DIAGNOSTICS = {
     "trivial_rate": "e_step",

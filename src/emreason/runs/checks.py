@@ -70,6 +70,7 @@ ALLOWED = {
     "quiet": FLAG,
     "plan": FLAG,
     "keep_checkpoints": FLAG,
+    "keep_model": FLAG,
     "rationale_rows": whole(1),
     "hub.push": or_null(Allowed("ORG/NAME, a repository of the Hub", lambda v: bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(v))))),
     "hub.private": FLAG,

@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "quiet",
     "plan",
     "keep_checkpoints",
+    "keep_model",
     "data_root",
     "engine.max_batch",
     "hydra",
@@ -85,6 +86,7 @@ class Settings:
     overwrite: bool
     quiet: bool
     keep_checkpoints: bool
+    keep_model: bool
     token_budget: int | None
     rationale_rows: int
     push: str | None
@@ -141,7 +143,7 @@ def read(cfg: DictConfig) -> Settings:
     return Settings(
         identity(cfg),
         OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
-        **{key: cfg[key] for key in ("seed", "overwrite", "quiet", "keep_checkpoints", "token_budget", "rationale_rows")},
+        **{key: cfg[key] for key in ("seed", "overwrite", "quiet", "keep_checkpoints", "keep_model", "token_budget", "rationale_rows")},
         push=cfg.hub.push,
         private=cfg.hub.private,
         merge=cfg.peft.get("merge", False),

@@ -29,6 +29,7 @@ TRAIN_KEYS = _GROUPS | {
         "evaluation",
         "token_budget",
         "keep_checkpoints",
+        "keep_model",
         "rationale_rows",
         "hub",
     ),

@@ -110,10 +110,11 @@ def _disk(cfg: DictConfig) -> str:
     if count is None:
         return "checkpoints/ (up to 16 bytes a parameter), model/ (up to 4), the journal of all draws, metrics"
     weights, last = (2, 14) if cfg.engine.get("dtype", "auto") == "bfloat16" else (4, 12)
-    kept = "" if cfg.keep_checkpoints else " until the run is finished"
+    until = {True: "", False: " until the run is finished"}
     assumed = " if auto means float32" if cfg.engine.get("dtype", "auto") == "auto" else ""
     return (
-        f"checkpoints/ about {count * (last + weights) / GB:.1f} GB{kept}, model/ about {count * weights / GB:.1f} GB{assumed}; "
+        f"checkpoints/ about {count * (last + weights) / GB:.1f} GB{until[cfg.keep_checkpoints]}, "
+        f"model/ about {count * weights / GB:.1f} GB{until[cfg.keep_model]}{assumed}; "
         "the journal of all draws, metrics"
     )
 
