@@ -1773,6 +1773,13 @@ FAULTS = [
         "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
     ),
     fault(
+        "keep_model=false keeps it",
+        "train.py",
+        "if not settings.keep_model and rank() == 0:",
+        "if False:",
+        "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
+    ),
+    fault(
         "hub: an upload that failed is not made again",
         "train.py",
         "return _left(settings, folder, done)",
