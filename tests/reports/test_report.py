@@ -470,6 +470,10 @@ def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):
     every, few = palette(collect([tmp_path])), palette(collect([tmp_path / "pps"]))
     assert every["PPS"] == few["PPS"]
     assert len({colour for colour, _ in every.values()}) == len(every) == 4
+    for n in range(9):
+        write_run(tmp_path / f"own{n}", "rs", iterations=1, scheme=f"mine, {n}")
+    many = palette(collect([tmp_path]))
+    assert len(set(many.values())) == len(many) == 13  # colours may come again, not with the same marker
 
 
 class Visible(HTMLParser):

@@ -23,7 +23,7 @@ from emreason.types import plain
 # Safe for the common colour deficiencies; the usual schemes keep their colour from one report to the next.
 USUAL = {"RS-4": ("#009E73", "o"), "STaR": ("#0072B2", "s"), "PPS": ("#D55E00", "D"), "RS-1": ("#E69F00", "^")}
 SPARE = ["#CC79A7", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F", "#5B3A8E", "#9C9E00"]
-MARKERS = "vPX*<>p"
+MARKERS = "vPX*<>ph"  # one more than colours: no pair comes twice before the 57th scheme
 GREY = "#606060"
 STYLE = {
     "font.size": 9.0,
