@@ -133,7 +133,7 @@ def test_a_runs_card_chats_and_merged_model_go_to_the_hub(tmp_path, monkeypatch,
     emreason.run(*JOB, "keep_model=false")
     assert not (folder / "model").exists()
     assert list(folder.glob("rationales/*.jsonl*"))
-    with pytest.raises(UserError, match="keep_model=true"):
+    with pytest.raises(UserError, match="keep_model=true overwrite=true"):
         emreason.evaluation(f"run={folder}")
     with pytest.raises(UserError, match="kept no model"):
         emreason.run(*JOB, "hub.push=me/another")

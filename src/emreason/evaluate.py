@@ -171,7 +171,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
         why = "no finished run with its model is there (config.yaml or model/ is missing)"
-        raise UserError(f"run={cfg.run}: {why}; finish it with `emreason` first, with keep_model=true.")
+        mend = "finish it with `emreason` first, or one that kept none (keep_model=false) again with keep_model=true overwrite=true"
+        raise UserError(f"run={cfg.run}: {why}; {mend}.")
     dataset_given = any(override.startswith("dataset=") for override in overrides)
     trained = read_config(folder / "config.yaml")
     with open_dict(cfg):
