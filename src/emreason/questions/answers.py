@@ -94,7 +94,7 @@ def stop_at_answer(question: Question, tokenizer: Any, prompt_ids: Sequence[int]
 def statement_start(text: str) -> int | None:
     """Where the last statement of an answer begins in `text`: what comes before it is the rationale. None if there is none."""
     for statement in statements(text):
-        if statement.form != "denial" and (statement.form != "heading" or _is_answer_heading(text, statement)):
+        if statement.form not in ("denial", "claim") and (statement.form != "heading" or _is_answer_heading(text, statement)):
             return statement.start
     return None
 
@@ -117,19 +117,24 @@ def check(question: Question, where: str) -> None:
 
 def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
     denied: set[str] = set()
+    claimed: set[str] = set()
     found = list(statements(text))
     for i, statement in enumerate(found):
-        if statement.form in ("prose", "denial", "box") and not (statement.boxed and question.kind == "text"):
+        if statement.form in ("prose", "denial", "box", "claim") and not (statement.boxed and question.kind == "text"):
             outer = next((s for s in found[i:] if s.form == "line" and s.begin <= statement.start < s.end), None)
             if outer is not None and (value := _value(text, outer, question)) is not None and value[1] == outer.resume:
                 statement = outer  # a choice's text may say what the answer is
         value = _value(text, statement, question)
-        if statement.form == "heading" and value is None:
-            continue  # any other heading
+        if statement.form in ("heading", "claim") and value is None:
+            continue  # any other heading; "the answer must be positive"
         if value is None or value[0] in denied:
             return None
         answer, end = value
-        if statement.form == "denial":
+        if statement.form == "claim":
+            claimed.add(answer)
+        elif claimed - {answer}:
+            return None
+        elif statement.form == "denial":
             denied.add(answer)
         else:
             return None if withdrawn(text, statement, answer, end) else (statement, answer)
@@ -150,7 +155,7 @@ def _value(text: str, statement: Statement, question: Question) -> tuple[str, in
             return None
         if question.kind == "choice":
             answer = _choice(_content(text, statement), question)
-        elif statement.form not in ("prose", "denial") or statement.boxed:  # where a string ends within prose cannot be told
+        elif statement.form not in ("prose", "denial", "claim") or statement.boxed:  # where a string ends within prose cannot be told
             several = "\n" in question.answer and not statement.boxed
             answer = unwrapped(_content(text, replace(statement, end=len(text)) if several else statement)) or None
     elif "\n" not in (line := undressed(text[statement.begin : statement.end][:LINE]).strip()):
@@ -192,6 +197,10 @@ _LABEL = re.compile(rf"[{_CLOSE}]*[.,:;!]?[{_CLOSE}]*(?:[-–—]\s{{1,3}})?(?P<
 def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, bool]:
     """The letter that a line says, and whether its choice's text is the rest of the line."""
     none = (None, False)
+    if (tight := re.match(rf"[{_OPEN}]*([{question.letters}])\.(?=\w)", line)) and _begins(
+        _core(line[tight.end() :]), _core(undressed(question.choices[question.letters.index(tight[1])]))
+    ):
+        line = f"{line[: tight.end()]} {line[tight.end() :]}"  # "D.outer covering"
     match = _LETTER.match(line)
     if match is None or match["letter"].upper() not in question.letters:
         return none
@@ -206,6 +215,8 @@ def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, b
     said = {_core(text) for text in (told, bracketed, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
     choices = [_core(undressed(choice)) for choice in question.choices]
     own = choices[question.letters.index(letter)]
+    if _begins(_core(told), own) and _goes_on(_core(told)[len(own) :], [c for c in choices if c != own], question.letters.lower()):
+        return none
     if _core(line) in choices and any(c.isalnum() for c in rest):  # "A dog" may be a choice's text
         return (letter if own == _core(line) else None), False
     small = match["letter"].islower() and not opened.strip()
@@ -230,6 +241,21 @@ def _begins(text: str, choice: str) -> bool:
     return text.startswith(choice) and not text[len(choice) :][:1].isalnum()
 
 
+def _goes_on(rest: str, others: Sequence[str], labels: str = "") -> bool:
+    """Whether what follows a choice's text on its line is one more choice, by its label or its text: a list is no answer."""
+    between = _BETWEEN.match(rest)
+    assert between is not None  # it matches nothing, too
+    rest = rest[between.end() :]
+    if labels and re.match(rf"[{labels}][).:](?!\w)", rest):
+        return True
+    bare = re.sub(rf"^[{labels}][\s(]{{1,3}}", "", rest) if labels else rest
+    after = [bare[len(other) :] for other in others if _begins(bare, other)]
+    return any("." not in between[0] or re.match(r"\W*(?:$|[.,;/&)]|(?:and|or)\b)", text) for text in after)
+
+
+_BETWEEN = re.compile(r"[\s)\].,;:(*_`]*(?:(?:and|or|also|as well as|both|&|/)\s{1,3})*[(\[]?(?:(?:the|an?) )?")
+
+
 def _choice(value: str, question: Question) -> str | None:
     """The letter of the one choice whose text a statement says."""
     line = " ".join(value.split())
@@ -245,7 +271,10 @@ def _choice(value: str, question: Question) -> str | None:
     longest = max((len(plain[letter]) for letter in begun), default=0)
     begun = [letter for letter in begun if len(plain[letter]) == longest]
     alone = len({shown[letter] for letter in begun}) == 1
-    return begun[0] if alone and stands(said[longest:]) and not line.endswith("?") else None
+    rest = said[longest:]
+    # "a; b; c" is how the prompt shows the choices
+    listed = re.match(r"[\s.)*_\"']*;\s*\w", rest) or _goes_on(rest, [c for letter, c in without.items() if letter not in begun])
+    return begun[0] if alone and not listed and stands(rest) and not line.endswith("?") else None
 
 
 _ARTICLE = re.compile(r"^(?:the|an?) ")

@@ -6,6 +6,7 @@
                 |  tag       <answer>…</answer>
                 |  box       \\boxed{…}
                 |  heading   `#### …`, GSM8K's answer line
+                |  claim     "the answer must be …": states none by itself, contradicts another one above it
     …           =  wrappers value wrappers [unit] [mark more]
 
 A statement within a supposition, a report or a quotation is none; one that is denied takes back the same answer. The last one decides.
@@ -27,7 +28,7 @@ WINDOW = 240
 """Characters before a cue that can make a supposition or a report of it."""
 
 
-Form = Literal["line", "prose", "denial", "tag", "box", "heading"]
+Form = Literal["line", "prose", "denial", "tag", "box", "heading", "claim"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,16 @@ _LEAD = re.compile(
 )
 _COLON = re.compile(r"[*_\"'`)\]]{0,4}[ \t]{0,8}(?:is[ \t]{0,4})?[*_]{0,3}:")
 _IS = re.compile(
-    r"[*_\"'`]{0,4}\s{1,4}(?P<verb>isn't|is not|is|was not|wasn't|cannot be|can't be|can not be)(?![^\W_])"
+    r"(?:\s{1,3}(?:to|for) (?:this|the|that|your) (?:question|problem))?[*_\"'`]{0,4}\s{1,4}"
+    r"(?P<verb>isn't|is not|is|was not|wasn't|cannot be|can't be|can not be|"
+    r"(?P<claimed>(?:must|should|would|will|has to|ought to) be))(?![^\W_])"
     r"(?:\s{1,3}(?:indeed|therefore|thus|hence|clearly|simply|definitely|certainly|actually|obviously|then)\b,?)?[*_\"'`]{0,3}[ \t]{0,4}:?"
 )
-_SENTENCE_END = re.compile(r"[.!?]['\")*_`\]]{0,4}[ \t]{1,8}['\"*_`(]{0,4}$")
+_SENTENCE_END = re.compile(r"[.!?。！？]['\")*_`\]]{0,4}[ \t]{0,8}['\"*_`(]{0,4}$")
+_TITLED = re.compile(  # "Explanation: Answer: B", "So the answer is: Answer: B"
+    r"^\W*(?:(?:so|thus|therefore|hence|the|my|final|correct|best)[\s,]{1,3})*"
+    r"(?:answer|explanation|conclusion|reasoning|rationale|solution|response)(?: is)?[*_]{0,3}:\W*$"
+)
 
 _TURN = re.compile(r"\b(?:(?<!if )so|thus|therefore|hence|consequently|but|because)\b")
 _ASIDE = re.compile(r",\s?(?:however|though|therefore|then|of course|personally|frankly|in fact|indeed|honestly)\s?,")
@@ -133,7 +140,7 @@ def _box(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
         after = _COLON.match(plain, worded.end()) or _IS.match(plain, worded.end())
         if after is not None and not any(c.isalnum() for c in plain[after.end() : cue.start()].replace("option", "")):
             whose = _worded(text, plain, worded)  # the box dresses the value of this cue
-            return None if whose is None else replace(box, form=whose.form, start=whose.start)
+            return None if whose is None else replace(box, form="box" if whose.form == "claim" else whose.form, start=whose.start)
     return replace(box, form="denial") if _BOX_DENIED.search(line[-60:]) else box
 
 
@@ -153,7 +160,8 @@ def _worded(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
     before = line[: len(line) - len(lead[0])]
     bare = whole and not any(c.isalnum() for c in before)
     colon = _COLON.match(plain, cue.end())
-    if colon and (bare or _SENTENCE_END.search(before[-20:]) or (line.endswith('"') and plain.startswith('"', cue.end()))):
+    begins = bare or (whole and _TITLED.match(before)) or _SENTENCE_END.search(before[-20:])
+    if colon and (begins or (line.endswith('"') and plain.startswith('"', cue.end()))):
         if bare and _reported_above(plain, at):
             return None
         end = _line_end(plain, colon.end())
@@ -164,11 +172,11 @@ def _worded(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
     if bare and at and text[start : start + 1].islower() and plain[at - 2 : at - 1] not in ".!?:;":
         before = plain[max(0, at - WINDOW) : at - 1].replace("\n", " ") + " "  # a sentence that goes on from the line above
     frame = _frame(before)
-    if frame == "supposed":
+    if frame == "supposed" or (frame and verb["claimed"]):
         return None
     end = _line_end(plain, verb.end())
     asked = re.match(r"[^.!?\n]{0,200}\?", plain[verb.end() : min(end, verb.end() + 202)])
-    form: Form = "prose" if verb["verb"] == "is" and frame is None else "denial"
+    form: Form = "claim" if verb["claimed"] else "prose" if verb["verb"] == "is" and frame is None else "denial"
     return Statement(form, start, verb.end(), verb.end() if asked else end, end)
 
 
