@@ -314,7 +314,7 @@ FAULTS = [
     fault(
         "EOS: not added after an answer line",
         "em/steps.py",
-        "training_ids(r, eos), r.weight)",
+        "training_ids(r, end), r.weight)",
         "r.token_ids, r.weight)",
         "em/test_module.py::test_training_input_is_the_plain_prompt_and_exactly_the_sampled_ids",
     ),
@@ -1198,15 +1198,15 @@ FAULTS = [
     fault(
         "reward: any letter",
         "questions/answers.py",
-        "return answer in golds or (",
+        "return answer == other or (",
         "return answer in question.letters or (",
         "questions/test_answers.py::test_reward",
     ),
     fault(
         "reward: numbers compared as text",
         "questions/answers.py",
-        "same_number(answer, gold) if question.kind",
-        "answer == gold if question.kind",
+        "same_number(answer, other) if question.kind",
+        "answer == other if question.kind",
         "questions/test_answers.py::test_reward",
     ),
     fault(
@@ -1254,21 +1254,21 @@ FAULTS = [
     # --- runs
     fault(
         "resume: m_step may change",
-        "runs/experiment.py",
+        "runs/keys.py",
         '    "trainer",\n',
         '    "trainer", "m_step",\n',
         "runs/test_config.py::test_a_resumed_run_may_change_nothing_else",
     ),
     fault(
         "resume: sampler may change",
-        "runs/experiment.py",
+        "runs/keys.py",
         '    "trainer",\n',
         '    "trainer", "sampler",\n',
         "runs/test_config.py::test_a_resumed_run_may_change_nothing_else",
     ),
     fault(
         "resume: all of evaluation may change",
-        "runs/experiment.py",
+        "runs/keys.py",
         '"evaluation.diagnostics"',
         '"evaluation"',
         "runs/test_config.py::test_a_resumed_run_may_change_nothing_else",
@@ -1746,7 +1746,7 @@ FAULTS = [
     ),
     fault(
         "callbacks: an ended run goes on",
-        "train.py",
+        "runs/summary.py",
         '== "callback")',
         '== "nothing")',
         "test_token_budget.py::test_a_run_that_a_callback_has_ended_stays_finished",
@@ -1775,7 +1775,7 @@ FAULTS = [
     fault(
         "keep_model=false keeps it",
         "train.py",
-        "if not settings.keep_model and rank() == 0:",
+        "if not kept and rank() == 0:",
         "if False:",
         "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
     ),

@@ -186,6 +186,12 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/**/summary.json")]
     assert sorted(s["status"] for s in summaries) == ["failed", "finished"]
     assert "RS-8" in done.stdout
+    # under another config both are refused: what lies there is an earlier run's, and no result of this sweep
+    again = run("emreason", "-m", *SMOKE, "sampler.budget=0,8", "trainer.max_epochs=1", "optimizer.lr=0.1", cwd=tmp_path, check=False)
+    assert again.returncode != 0
+    assert "2 of 2 jobs failed" in again.stderr
+    assert "optimizer.lr" in again.stderr
+    assert "RS-8" not in again.stdout
 
 
 @pytest.mark.slow

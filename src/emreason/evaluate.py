@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emreason.progress import bar
-from emreason.questions.answers import correct, extract, gold_text, in_words, stop_at_answer
+from emreason.questions.answers import correct, extract, gold_text, in_words, same, stop_at_answer
 from emreason.questions.grammar.thinking import said
 from emreason.runs import help
 from emreason.runs.console import report_errors
@@ -91,7 +91,7 @@ def sampled(
     from emreason.scores.stats import pass_at_k
 
     by_id = {question.id: question for question in questions}
-    answers: dict[str, list[str | None]] = {question.id: [] for question in questions}
+    answers: dict[str, list[str | None]] = {question.id: [None] * k for question in questions}
     tokenizer = experiment.tokenizer
     asked = ((q, experiment.prompts.ids(q, "question", n_examples)) for q in questions)
     queue = deque(
@@ -101,20 +101,30 @@ def sampled(
     )
     with bar(f"Evaluation, {k} samples", len(queue), "samples") as progress:
         for completion in experiment.engine.generate(queue):
-            question = by_id[completion.request.key[0]]  # type: ignore[index]
-            answers[question.id].append(extract(said(completion.token_ids, completion.request.prompt_ids, tokenizer), question))
+            key: Any = completion.request.key
+            question_id, draw = key
+            text = said(completion.token_ids, completion.request.prompt_ids, tokenizer)
+            answers[question_id][draw] = extract(text, by_id[question_id])
             progress.update(1, len(completion.token_ids))
     hits = {key: sum(correct(a, by_id[key]) for a in given) for key, given in answers.items()}
     sizes = sorted({*(2**i for i in range(k.bit_length())), k})
     result = {f"pass@{i}": mean(pass_at_k(k, c, i) for c in hits.values()) for i in sizes}
-    result[f"maj@{k}"] = mean(float(correct(_majority(given), by_id[key])) for key, given in answers.items())
+    result[f"maj@{k}"] = mean(float(correct(majority(given, by_id[key]), by_id[key])) for key, given in answers.items())
     return result
 
 
-def _majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer; the earliest of equals; None only if there is none."""
-    given = [answer for answer in answers if answer is not None]
-    return Counter(given).most_common(1)[0][0] if given else None
+def majority(answers: Sequence[str | None], question: Question) -> str | None:
+    """The most frequent answer, however it is written; the earliest of equals; None only if there is none."""
+    groups: list[list[str]] = []
+    for answer in answers:
+        if answer is None:
+            continue
+        group = next((group for group in groups if same(answer, group[0], question)), None)
+        if group is None:
+            groups.append([answer])
+        else:
+            group.append(answer)
+    return max(groups, key=len, default=[None])[0]
 
 
 def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:
@@ -163,24 +173,27 @@ def continuation_logprobs(model: torch.nn.Module, prompt: Sequence[int], continu
 
 
 def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config with model, dataset and decoding of the finished run `cfg.run`.
+    """The config with model, dataset and decoding of the finished run `cfg.run`, but for what the overrides say of the last two.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder holds no finished run; or the overrides name another model.
     """
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file() or not (folder / "model").is_dir():
         why = "no finished run with its model is there (config.yaml or model/ is missing)"
         mend = "finish it with `emreason` first, or one that kept none (keep_model=false) again with keep_model=true overwrite=true"
         raise UserError(f"run={cfg.run}: {why}; {mend}.")
-    dataset_given = any(override.startswith("dataset=") for override in overrides)
+    keys = [override.lstrip("+").partition("=")[0].rpartition("@")[2] for override in overrides]  # `prompt@dataset.prompt=` sets the latter
+    if other := [key for key in keys if key.split(".")[0] in ("model", "peft")]:
+        raise UserError(f"run={cfg.run} brings its own model; leave {other[0]}=… out, or run=….")
     trained = read_config(folder / "config.yaml")
+    given = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in ("dataset", "sampler")}
     with open_dict(cfg):
-        cfg.sampler = trained.sampler
-        cfg.model.name = trained.model.name
-        if not dataset_given:
-            changed = OmegaConf.from_dotlist([o for o in overrides if o.startswith("dataset.")])
-            cfg.dataset = OmegaConf.merge(trained.dataset, changed.get("dataset", {}))
+        cfg.sampler, cfg.dataset, cfg.model.name = trained.sampler, trained.dataset, trained.model.name
+        for key, value in given.items():
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        if cfg.data_root is not None and "data_root" in cfg.dataset.get("load", {}):
+            cfg.dataset.load.data_root = cfg.data_root
         if (folder / "model" / "adapter_config.json").exists():
             cfg.model.load = trained.model.load
             cfg.peft = {

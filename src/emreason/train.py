@@ -27,7 +27,7 @@ from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
 from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, compose, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic, write_json
-from emreason.runs.summary import Summary, best_iteration, read_summary, tokens_drawn
+from emreason.runs.summary import Summary, best_iteration, iterations_wanted, nothing_left, read_summary
 from emreason.types import UserError
 
 if TYPE_CHECKING:
@@ -94,15 +94,15 @@ def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
     before = read_summary(folder)
     if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
         check_same_config(folder, settings.text)
-    finished = before.get("status") == "finished" and len(before["iterations"]) >= _max_epochs(settings, before["iterations"])
-    return before if finished else None
+    return before if nothing_left(before, settings.max_epochs, settings.token_budget) else None
 
 
 def _left(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a finished run, whose model is on the Hub if that is wanted, and gone from here if it is not to be kept."""
+    """The summary of a finished run, whose model is on the Hub if that is wanted; what is not to be kept of it is gone."""
     summary = _pushed(settings, folder, summary)
-    if not settings.keep_model and rank() == 0:
-        shutil.rmtree(folder / "model", ignore_errors=True)
+    for name, kept in (("model", settings.keep_model), ("checkpoints", settings.keep_checkpoints)):
+        if not kept and rank() == 0:
+            shutil.rmtree(folder / name, ignore_errors=True)
     return summary
 
 
@@ -121,7 +121,7 @@ def _pushed(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[s
 
 
 def _train(settings: Settings, folder: Path) -> dict[str, Any]:
-    summary = Summary(folder, settings.identity)
+    summary = Summary(folder, settings.identity, anew=settings.overwrite)
     summary.update(status="running")
     experiment: Experiment | None = None
     try:
@@ -135,7 +135,7 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     except BaseException as error:
         summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
         if isinstance(error, FloatingPointError):
-            raise UserError(f"{error}; lower optimizer.lr, or use engine.dtype=float32.") from error
+            raise UserError(f"{error}; in a new run (tag=…) lower optimizer.lr, or use engine.dtype=float32.") from error
         if re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
@@ -154,7 +154,6 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
 def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summary) -> None:
     import lightning as L
 
-    from emreason.em.checkpoints import iterations_in
     from emreason.em.datamodule import RationaleDataModule
     from emreason.em.e_step import EStep
     from emreason.em.module import EMModule
@@ -169,23 +168,21 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
 
     L.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoints = Checkpoints(summary, folder)
-    done = iterations_in(checkpoints.last)
-    iterations_in(checkpoints.best)  # it is read at the end: better told now
+    done = 0 if settings.overwrite else checkpoints.restore()
     asked, questions = settings.evaluation, experiment.dataset.questions
     datamodule = RationaleDataModule(questions("validation"), questions("test"))
     parts = (experiment.model, experiment.tokenizer, experiment.engine, experiment.prompts)
     module = EMModule(*parts, settings.optimizer, settings.m_step, asked, settings.seed, settings.keep_checkpoints)
-    few_shot = min(asked.few_shot, len(experiment.dataset.worked_examples()))
     trainer = _trainer(
         settings,
         folder,
         keep_below=done,
-        max_epochs=_max_epochs(settings, summary.values["iterations"][:done]),
+        max_epochs=iterations_wanted(summary.values["iterations"][:done], settings.max_epochs, settings.token_budget),
         callbacks=[
             *settings.callbacks,
             EStep(settings.scheme, questions("train"), Journal(folder), settings.seed, "faithfulness" in asked.diagnostics),
             *([Divergence(asked.bound_questions, settings.seed)] if "kl" in asked.diagnostics else []),
-            Recorder(summary, folder, tuple(asked.baseline), few_shot, settings.token_budget),
+            Recorder(summary, folder, tuple(asked.baseline), asked.few_shot, settings.token_budget),
             Iterations(summary, folder, settings.scheme.display, settings.rationale_rows),
             MStepBar(),
             *([] if settings.quiet else [Samples(folder)]),
@@ -204,8 +201,6 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
         for run in wandb_runs(trainer):
             run.publish(summary.values)
         summary.update(status="finished")
-        if not settings.keep_checkpoints:
-            shutil.rmtree(folder / "checkpoints")
 
 
 def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int, callbacks: list[Any]) -> L.Trainer:
@@ -240,13 +235,6 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
     # its SIGTERM handler waits for all ranks and its SLURM handler saves in mid-iteration; `interrupt` ends at once, and nothing is lost
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
-
-
-def _max_epochs(settings: Settings, done: list[dict[str, Any]]) -> int:
-    """EM iterations in all; no more than are done where these have used up the token budget, or a callback has ended the run."""
-    spent = settings.token_budget is not None and tokens_drawn(done) >= settings.token_budget
-    ended = spent or bool(done and done[-1].get("stopped") == "callback")
-    return min(len(done), settings.max_epochs) if ended else settings.max_epochs
 
 
 def _clear(folder: Path) -> None:

@@ -11,10 +11,11 @@ from test_config import compose_config
 from test_train import assert_same, learned
 from transformers import AutoModelForCausalLM
 
-from emreason.em.checkpoints import AtomicCheckpointIO
+from emreason.em.checkpoints import AtomicCheckpointIO, iterations_in
 from emreason.em.module import EMModule
 from emreason.models import loading
-from emreason.runs.summary import read_summary
+from emreason.runs.summary import Summary, read_summary
+from emreason.tracking.recorder import Checkpoints
 from emreason.train import train
 from emreason.types import UserError
 
@@ -142,6 +143,43 @@ def test_a_run_folder_that_was_moved_goes_on_with_the_best_it_had(tmp_path, monk
     exported_is(third, 1)
     after = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(weights[k], after[k]) for k in weights)
+
+
+def test_a_kill_between_two_checkpoints_leaves_the_best_one_there_is(tmp_path):
+    """`next.ckpt` is the best once the iteration that it is of is done, and nothing before."""
+    checkpoints = Checkpoints(Summary(tmp_path, {}), tmp_path)
+    assert checkpoints.restore() == 0
+    checkpoints.best.parent.mkdir()
+
+    def write(path, processed):
+        torch.save({"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": processed}}}}}, path)
+
+    write(checkpoints.best, 1)
+    write(checkpoints.last, 2)
+    write(checkpoints.next, 3)  # killed while `last` was written: the third iteration is repeated
+    assert checkpoints.restore() == 2
+    assert iterations_in(checkpoints.best) == 1
+    write(checkpoints.next, 2)  # killed after that
+    assert checkpoints.restore() == 2
+    assert iterations_in(checkpoints.best) == 2
+    assert not checkpoints.next.exists()
+
+
+def test_a_finished_run_gives_up_its_checkpoints_when_asked_to(tmp_path):
+    train(config("trainer.max_epochs=1"), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    train(config("trainer.max_epochs=1", "keep_checkpoints=false"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "model").exists()
+
+
+def test_a_resumed_run_drops_the_units_that_it_would_have_dropped(tmp_path):
+    overrides = ["engine.dtype=float32", "peft=lora", "peft.add.dropout=0.5"]
+    train(config(*overrides, "trainer.max_epochs=1"), tmp_path / "run")
+    resumed, whole = (train(config(*overrides), tmp_path / folder) for folder in ("run", "whole"))
+    plain = train(config(*overrides, "peft.add.dropout=0"), tmp_path / "plain")
+    told = [[r["m_step"]["nll"] for r in summary["iterations"]] for summary in (resumed, whole, plain)]
+    assert told[0] == told[1] != told[2]
 
 
 def test_a_resumed_run_in_bfloat16_ends_at_the_same_bits(tmp_path):

@@ -138,3 +138,6 @@ def test_the_command_compares_them_at_equal_tokens(tmp_path, capsys):
 def test_hinted_draws_have_no_variance_here():
     with pytest.raises(UserError, match="plain prompt"):
         gradients.moments(model(), scheme("star"))
+    for more in ({"keep": 2}, {"keep": 3, "distinct": True}):
+        with pytest.raises(UserError, match="the first right one is kept, or all"):
+            gradients.moments(model(), scheme("rs", 3, **more))

@@ -11,11 +11,14 @@ from test_prompts import EXAMPLES, QUESTION, SENTINEL, TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from emreason.em.m_step import MStep
+from emreason.em.steps import steps_of
 from emreason.engines.inprocess import eos_token_ids
 from emreason.models.tiny import load_tiny, tiny_tokenizer
-from emreason.questions.prompts import Prompts, end_of_turn_ids, following
+from emreason.questions.prompts import Prompts, end_ids, end_of_turn_ids, following
 from emreason.runs.experiment import CONF, build
-from emreason.types import UserError
+from emreason.scores.likelihood import endings
+from emreason.types import Question, Rationale, UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,6 +71,12 @@ def llama2_tokenizer():
 def test_the_end_of_a_turn_is_read_from_the_template(template, mark):
     tokenizer = tokenizer_with(template)
     assert end_of_turn_ids(tokenizer) == {tokenizer.convert_tokens_to_ids(mark)}
+    assert end_ids(tokenizer) == tuple(dict.fromkeys((tokenizer.convert_tokens_to_ids(mark), tokenizer.eos_token_id)))
+    question = Question("q", "3 + 5?", "8", "number")
+    assert {ending[-1] for ending in endings(question, tokenizer, end_ids(tokenizer))} > set(end_ids(tokenizer))
+    rationale = Rationale("q", 0, 1, "question", "Answer: 8\n", "8", True, 1, "answer", -1.0, (3,), 1.0)
+    (step,) = steps_of([rationale], {"q": question}, 1, Prompts(tokenizer, TEMPLATE), MStep(), seed=1, iteration=0, rank=0, world_size=1)
+    assert int(step.batches[0].input_ids[0, -1]) == tokenizer.convert_tokens_to_ids(mark)  # as the model ends a reply, not as a text ends
 
 
 @pytest.mark.parametrize(

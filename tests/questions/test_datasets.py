@@ -252,6 +252,12 @@ def test_written_worked_examples():
     assert kinds == ["number", "choice", "text"]
 
 
+@pytest.mark.parametrize(("choices", "answer", "letter"), [(["YES", "NO"], "NO", "B"), (["B", "A"], "A", "A"), (["x", "DE"], "DE", "B")])
+def test_a_worked_examples_answer_is_a_letter_or_a_choice(choices, answer, letter):
+    example = {"question": "?", "answer": answer, "choices": choices, "rationale": "So."}
+    assert Dataset("d", numbered, TEMPLATE, [example]).worked_examples()[0].question.answer == letter
+
+
 def test_bad_splits():
     with pytest.raises(UserError, match="the test split is empty"):
         Dataset("d", lambda _: [], TEMPLATE).questions("test")

@@ -63,13 +63,15 @@ def write_run(
     questions: int = 40,
     predictions: bool = True,
     config: str = "",
+    reward: str = "emreason.schemes.rewards.correct",
     **keys: object,
 ) -> Path:
     """A run folder as train() leaves it: a learning curve towards `FINAL`, harder questions accepted later."""
     draw = random.Random(f"{sampler}{seed}")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        f"seed: {seed}\nsampler:\n  name: {sampler}\n  budget: {len(PROPOSALS[sampler])}\ndir: {folder}\noptimizer:\n  lr: 1e-4\n{config}"
+        f"seed: {seed}\nsampler:\n  name: {sampler}\n  budget: {len(PROPOSALS[sampler])}\n  reward: {reward}\n"
+        f"logger:\n  csv:\n    save_dir: {folder}\noptimizer:\n  lr: 1e-4\n{config}"
     )
     (folder / ".hydra").mkdir()
     rows, final = [], FINAL[sampler]
@@ -298,7 +300,7 @@ def test_what_does_not_count_is_named_and_not_averaged(grid):
         "seed=1 repeats",
         "Missing: PPS on sums with smollm2_135m has no run for seed 4.",
     ]:
-        assert expected in notes
+        assert expected in notes, notes
     assert "Traceback" not in notes
     assert {cell.scheme: cell.seeds for cell in comparison.cells if not cell.baseline} == {"RS-4": 3, "STaR": 3, "PPS": 3}
     write_report(runs, grid / "r")
@@ -461,6 +463,21 @@ def test_difficulty_is_judged_by_the_other_runs(tmp_path):
         "RS-4": {0: 1.0},  # hard for the other
         "STaR": {9: 0.0},
     }
+
+
+def test_what_another_reward_accepts_is_no_solve_rate(tmp_path):
+    for name, sampler, reward in [("a", "rs", "correct"), ("b", "star", "well_formed"), ("c", "pps", "correct")]:
+        folder = write_run(tmp_path / name, sampler, iterations=1, reward=f"emreason.schemes.rewards.{reward}")
+        row = {"question_id": "q", "iteration": 0, "attempt": 1, "proposal": "question", "accepted": name == "b", "text": ""}
+        (folder / "rationales/iteration=000.jsonl").write_text(json.dumps(row) + "\n")
+    shown = acceptance_by_difficulty(collect([tmp_path]))
+    assert {label: [k for k, cell in enumerate(cells) if cell] for label, cells in shown.items()} == {"RS-4": [0], "STaR": [0], "PPS": [0]}
+
+
+def test_runs_that_differ_in_what_changes_nothing_are_one_scheme(tmp_path):
+    for seed, config in enumerate(["quiet: true", "hub: {push: me/x-1}", "rationale_rows: 20", "engine: {max_batch: 32}"], 1):
+        write_run(tmp_path / str(seed), seed=seed, config=f"{config}\n")
+    assert {run.label for run in collect([tmp_path])} == {"RS-4"}
 
 
 def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):

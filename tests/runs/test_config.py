@@ -50,7 +50,8 @@ def test_every_option_composes_and_resolves(group, option):
 
 MAY_CHANGE = {
     "task", "trainer", "token_budget", "logger", "rationale_rows", "evaluation.diagnostics", "overwrite", "keep_checkpoints", "keep_model",
-    "data_root", "engine.max_batch", "quiet", "plan", "hub", "peft.merge",
+    "data_root", "dataset.load.data_root", "engine.max_batch", "quiet", "plan", "hub", "peft.merge", "engine.memory", "engine.shared",
+    "engine.server", "engine.cuda_graphs", "m_step.tokens_per_batch", "m_step.gradient_checkpointing", "m_step.on_zero_accepted",
 }  # fmt: skip
 """What alters neither what is sampled nor what is learned nor how it is scored."""
 

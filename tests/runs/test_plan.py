@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from emreason.em.steps import steps_of
 from emreason.runs.experiment import CONF
+from emreason.runs.journal import write_json
 from emreason.runs.plan import at_most, plan
 from emreason.schemes.choice import choose
 from emreason.schemes.samplers import sample
@@ -67,6 +68,29 @@ def test_an_engine_of_somebodys_own_has_a_plan_too(tmp_path):
     """It need not have the keys of ours."""
     said = plan(composed("model=smollm2_135m", "dataset=sums_2", "~engine.dtype", "~engine.max_batch"), tmp_path)
     assert "Memory at most, estimated in float32: E-step" in said
+
+
+@pytest.mark.parametrize(
+    ("status", "stopped", "says"),
+    [
+        ("finished", None, "it would go on"),
+        ("finished", "token_budget", "nothing to do"),
+        ("finished", "callback", "nothing to do"),
+        ("interrupted", None, "it would go on"),
+    ],
+)
+def test_a_plan_says_whether_a_run_would_go_on(tmp_path, status, stopped, says):
+    iterations = [{"iteration": 0, "e_step": {"tokens": 100}, **({"stopped": stopped} if stopped else {})}]
+    write_json(tmp_path / "summary.json", {"status": status, "iterations": iterations})
+    budget = ["token_budget=100"] if stopped == "token_budget" else []
+    said = plan(composed("model=tiny_llama", "dataset=sums_2", "trainer.max_epochs=2", *budget), tmp_path)
+    assert f"{status} after 1 iterations; {says}" in said
+
+
+@pytest.mark.parametrize("devices", ["auto", "-1"])
+def test_all_devices_of_a_cpu_are_one(tmp_path, devices):
+    said = plan(composed("model=smollm2_135m", "dataset=sums_2", "trainer.accelerator=cpu", f"trainer.devices={devices}"), tmp_path)
+    assert "Memory at most" in said
 
 
 def test_what_a_run_of_a_sweep_leaves_on_the_disk(tmp_path):

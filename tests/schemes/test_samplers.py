@@ -166,6 +166,15 @@ def test_chance_acceptance_of_a_uniform_guesser():
     rationales = []
     record = e_step_record(0, questions, rationales, scheme("rs", 2), 0.0)
     assert record["chance_acceptance"] == pytest.approx((4 * (1 - 0.75**2) + 2 * (1 - (2 / 3) ** 2)) / 6)
+    unfiltered = scheme("rs", 2, reward="emreason.schemes.rewards.well_formed")
+    assert e_step_record(0, questions, rationales, unfiltered, 0.0)["chance_acceptance"] is None
+
+
+def test_a_key_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match=r"share=0\.25.*choose=adaptive"):
+        scheme("rs", share=0.25)
+    with pytest.raises(UserError, match=r"truncate=2.*weigh=importance"):
+        scheme("rs", truncate=2)
 
 
 @pytest.mark.parametrize("text", ["Answer: C", "C", "\nAnswer: 12\n", "The answer is (B).", "As given.\nAnswer: 3"])

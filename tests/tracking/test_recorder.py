@@ -127,3 +127,11 @@ def test_numbers_have_the_names_that_loggers_get():
         "e_step/tokens": 12, "e_step/accepted": 3, "e_step/tokens_per_accepted": 4.0,
     }  # fmt: skip
     assert "tokens_per_accepted" not in record["e_step"]  # the record is left as it is
+
+
+def test_a_run_begun_anew_reads_nothing_of_the_one_before(tmp_path):
+    """Another rank may still be removing it."""
+    Summary(tmp_path, {}).update(baseline={"zero_shot": None}, dtype="bfloat16", iterations=[{"iteration": 0}])
+    assert Summary(tmp_path, {}).values["baseline"] == {"zero_shot": None}
+    anew = Summary(tmp_path, {}, anew=True).values
+    assert (anew["baseline"], anew["dtype"], anew["iterations"]) == (None, None, [])

@@ -104,5 +104,5 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, step: Step,
 def _not_finite(what: str, step: int, question_ids: Sequence[str]) -> UserError:
     return UserError(
         f"The {what} of optimizer step {step} is not finite (questions {', '.join(sorted(set(question_ids))[:20])}); nothing was updated "
-        "and the last checkpoint is intact: lower optimizer.lr, set m_step.max_grad_norm, or use engine.dtype=float32."
+        "and the last checkpoint is intact: in a new run (tag=…) lower optimizer.lr, set m_step.max_grad_norm, or use engine.dtype=float32."
     )

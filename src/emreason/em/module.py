@@ -17,6 +17,7 @@ from emreason.em import checkpoints, evaluation, ranks
 from emreason.em.evaluation import Evaluation
 from emreason.em.m_step import MStep, accumulate, clip, scorer
 from emreason.em.shards import Shards
+from emreason.engines.drawing import draw_seed
 from emreason.engines.vllm import VllmEngine
 from emreason.models.batches import Step
 from emreason.models.masters import master_weights, publish
@@ -133,6 +134,7 @@ class EMModule(L.LightningModule):
         Raises:
             UserError: loss or gradient is not finite; the optimizer step is not taken and the message names the questions.
         """
+        torch.manual_seed(draw_seed(self.seed, self.current_epoch, f"dropout {batch_idx}", self.global_rank))  # resumed, too
         optimizer: Any = self.optimizers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._shards is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from emreason.em.m_step import MStep
 from emreason.models.batches import Example, Step, bucket, collate
-from emreason.questions.prompts import Prompts
+from emreason.questions.prompts import Prompts, end_ids
 from emreason.schemes.diagnostics import shares
 from emreason.schemes.samplers import training_ids
 from emreason.types import Question, Rationale, UserError
@@ -101,11 +101,11 @@ def steps_of(
             return [Step([])]  # no loader at all would end the fit without a word
         raise UserError(
             f"E-step {iteration}: none of {n_questions} questions was answered correctly in {len(attempts)} attempts "
-            f"({shares(attempts)}); raise sampler.budget or sampler.max_new_tokens, show worked examples (dataset.demonstrations, "
-            "sampler.worked_examples=2), or set m_step.on_zero_accepted=skip."
+            f"({shares(attempts)}); go on with m_step.on_zero_accepted=skip, or in a new run (tag=…) raise sampler.budget or "
+            "sampler.max_new_tokens, or show worked examples (dataset.demonstrations, sampler.worked_examples=2)."
         )
-    eos, pad = prompts.tokenizer.eos_token_id, prompts.tokenizer.pad_token_id
-    examples = [Example(r.question_id, prompts.ids(questions[r.question_id]), training_ids(r, eos), r.weight) for r in kept]
+    end, pad = end_ids(prompts.tokenizer)[0], prompts.tokenizer.pad_token_id
+    examples = [Example(r.question_id, prompts.ids(questions[r.question_id]), training_ids(r, end), r.weight) for r in kept]
     own = int.from_bytes(hashlib.blake2b(f"{seed}/{iteration}".encode(), digest_size=4).digest(), "little")
     ranks = {"rank": rank, "world_size": world_size}
-    return make_steps(examples, n_questions, settings, pad_id=eos if pad is None else pad, seed=own, **ranks)
+    return make_steps(examples, n_questions, settings, pad_id=end if pad is None else pad, seed=own, **ranks)

@@ -85,9 +85,12 @@ def moments(model: Tabular, scheme: Scheme) -> Moments:
     Raises:
         UserError: a scheme that draws hinted prompts, or another distribution than the model's.
     """
-    if set(scheme.tries) != {"question"} or scheme.temperature != 1 or scheme.top_p != 1:
-        raise UserError(f"The laboratory has no variance of {scheme.display}: it is for draws of the plain prompt at temperature 1.")
     k = len(scheme.tries)
+    if set(scheme.tries) != {"question"} or scheme.temperature != 1 or scheme.top_p != 1 or 1 < scheme.keep < k or scheme.distinct:
+        raise UserError(
+            f"The laboratory has no variance of {scheme.display}: it is for draws of the plain prompt at temperature 1, "
+            "of which the first right one is kept, or all."
+        )
     lengths = torch.tensor([float(len(ids)) for ids in completion_ids(model, tiny_tokenizer())], dtype=model.z_logits.dtype)
     # (draws, right ones) -> Σ w and Σ w² of the right ones and of the others
     met = [(j + 1, 1) for j in range(k)] + [(k, 0)] if scheme.keep < k else [(k, n) for n in range(k + 1)]

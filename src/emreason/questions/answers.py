@@ -46,11 +46,15 @@ def correct(answer: str | None, question: Question) -> bool:
         return False
     if question.verify is not None:
         return bool(question.verify(answer))
-    golds = (question.answer, *question.aliases)
+    return any(same(answer, gold, question) for gold in (question.answer, *question.aliases))
+
+
+def same(answer: str, other: str, question: Question) -> bool:
+    """Whether two answers to a question, as `extract` returns them, are one."""
     if question.kind == "choice":
         # two choices may read the same, and shown without letters nothing else tells them apart
-        return answer in golds or (question.answer_as == "text" and _shown(question, answer) == _shown(question, question.answer))
-    return any(same_number(answer, gold) if question.kind == "number" else _same_string(answer, gold) for gold in golds)
+        return answer == other or (question.answer_as == "text" and _shown(question, answer) == _shown(question, other))
+    return same_number(answer, other) if question.kind == "number" else _same_string(answer, other)
 
 
 MaybeStr = TypeVar("MaybeStr", str, str | None)

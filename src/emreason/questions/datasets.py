@@ -152,7 +152,7 @@ class Dataset:
         choices = tuple(_word(choice) for choice in example.get("choices") or ())
         answer = _word(example["answer"])
         place = position(answer, [Option(None, choice) for choice in choices], "text")
-        if place is not None and answer not in LETTERS:
+        if place is not None and answer not in tuple(LETTERS[: len(choices)]):
             answer = LETTERS[place]
         kind: AnswerKind = "choice" if choices else "text" if parse_number(answer) is None else "number"
         question = Question(f"example-{number}", str(example["question"]), answer, kind, choices)

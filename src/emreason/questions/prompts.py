@@ -269,6 +269,11 @@ def plain_text(turns: Sequence[tuple[str, str]]) -> str:
     return "".join(parts)
 
 
+def end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a reply, the one that the chat template writes first: what a model of this family has learned to end with."""
+    return tuple(dict.fromkeys((*end_of_turn_ids(tokenizer), tokenizer.eos_token_id)))
+
+
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
     """The control token that the chat template writes after an assistant's words (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`), if any."""
     if not getattr(tokenizer, "chat_template", None):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from emreason.reports.reading import Run, read_attempts
+from emreason.schemes.samplers import CORRECT
 from emreason.scores import stats
 
 DECILES = 10
@@ -25,6 +26,7 @@ def read_outcomes(run: Run) -> Outcomes:
     """The run's journal, line by line; lines without the agreed fields are skipped, an attempt written twice counts once."""
     outcomes = Outcomes()
     seen: set[tuple[int, str, int]] = set()
+    solving = run.config.get("sampler.reward", CORRECT) == CORRECT  # elsewhere accepted is not solved
     for row in read_attempts(run):
         try:
             question, accepted = str(row["question_id"]), bool(row["accepted"])
@@ -35,7 +37,7 @@ def read_outcomes(run: Run) -> Outcomes:
             continue
         seen.add((iteration, question, attempt))
         outcomes.accepted[iteration, question] = accepted or outcomes.accepted.get((iteration, question), False)
-        if iteration == 0 and row.get("proposal") == "question":
+        if solving and iteration == 0 and row.get("proposal") == "question":
             tally = outcomes.plain.setdefault(question, [0, 0])
             tally[0] += accepted
             tally[1] += 1

@@ -13,17 +13,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from emreason.runs.keys import flatten
+from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.runs.summary import scalars
 from emreason.types import UserError
 
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
-# What may differ between two runs of one experiment.
-INCIDENTAL_SECTIONS = {"hydra", "logger", "paths"}
-INCIDENTAL_NAMES = {
-    *("dir", "run_dir", "output_dir", "save_dir", "dirpath", "default_root_dir", "data_root"),
-    *("overwrite", "keep_checkpoints", "keep_model"),
-}
+INCIDENTAL = set(MAY_CHANGE) - {"trainer", "token_budget", "peft.merge"}
+"""Config keys that may differ between two runs of one experiment."""
 # diagnostic -> the part of an iteration's record that holds it
 DIAGNOSTICS = {
     "trivial_rate": "e_step",
@@ -253,7 +249,7 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
     """
     runs = [run for run in runs if run.config]
     keys = sorted({key for run in runs for key in run.config})
-    telling = [k for k in keys if k.split(".")[0] not in INCIDENTAL_SECTIONS and k.split(".")[-1] not in INCIDENTAL_NAMES]
+    telling = [k for k in keys if not within(k, INCIDENTAL)]
     telling = [k for k in telling if any(run.config.get(k) != run.seed for run in runs)]  # the seed, by whatever name
     values = {key: {run.folder: _shown(run, key) for run in runs} for key in telling}
     return {key: shown for key, shown in values.items() if len(set(shown.values())) > 1}

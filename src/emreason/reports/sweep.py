@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -47,6 +48,7 @@ def run_job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig
     except Exception as error:
         known = isinstance(error, EXPECTED)
         console().print(f"Failed: {folder}: {one_sentence(error)}" if known else traceback.format_exc(), highlight=False)
+        _failed[str(folder)] = one_sentence(error) or type(error).__name__
         return {}
     console().print(f"Run folder: {folder}", highlight=False)
     return summary
@@ -98,8 +100,15 @@ def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     given = vars(parser.parse_known_args()[0])
     options = [f"{flag}={value}" for flag in flags if (value := given[flag.removeprefix("--").replace("-", "_")])]
     command = [sys.executable, "-m", "emreason.train", *options, *overrides, f'hydra.run.dir="{folder}"']
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's
+    if done.returncode != 0:
+        _failed[str(folder)] = "what it said is above"
+        return {}
     return read_summary(folder)
+
+
+_failed: dict[str, str] = {}
+"""Folders of this process's jobs that did not do what they were asked to, and why: an earlier run's summary may lie there."""
 
 
 class SweepTable(Callback):
@@ -146,6 +155,12 @@ class SweepTable(Callback):
             with self.jobs.open("a") as file:
                 file.write(f"{config.hydra.runtime.output_dir}\n")
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note a job that failed. A summary in its folder may be that of an earlier run, which it was refused to change."""
+        if self.jobs is not None and (why := _failed.pop(str(Path(config.hydra.runtime.output_dir)), None)):
+            with self.jobs.open("a") as file:
+                file.write(f"{config.hydra.runtime.output_dir}\t{' '.join(why.split())}\n")
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Print the table of all jobs.
 
@@ -156,18 +171,24 @@ class SweepTable(Callback):
         from emreason.reports.writing import print_runs
 
         assert self.jobs is not None
-        folders = [Path(line) for line in dict.fromkeys(self.jobs.read_text().splitlines())]  # a sweeper may try the same values twice
+        # a sweeper may try the same values twice
+        noted = {Path(folder): why for line in self.jobs.read_text().splitlines() for folder, _, why in [line.partition("\t")]}
         self.jobs.unlink()
-        known = [folder for folder in folders if (folder / "summary.json").exists()]
+        ended = {folder: read_summary(folder) for folder in noted}
+        unfinished = {
+            folder: noted[folder] or summary.get("error", "not finished")
+            for folder, summary in ended.items()
+            if noted[folder] or summary.get("status") != "finished"
+        }
+        known = [folder for folder, summary in ended.items() if summary and (folder not in unfinished or summary["status"] != "finished")]
         if known:
             runs = collect(known)
             print_runs(runs, Console())
             print(f"Figures and the page: emreason-report {shlex.quote(config.hydra.sweep.dir)}")
             _to_wandb(config, runs)
-        unfinished = [folder for folder in folders if read_summary(folder).get("status") != "finished"]
         if unfinished:
-            names = "; ".join(f"{folder}: {read_summary(folder).get('error', 'not finished')}" for folder in unfinished)
-            raise SystemExit(f"error: {len(unfinished)} of {len(folders)} jobs failed, the same command tries them again: {names}")
+            names = "; ".join(f"{folder}: {why}" for folder, why in unfinished.items())
+            raise SystemExit(f"error: {len(unfinished)} of {len(noted)} jobs failed, the same command tries them again: {names}")
 
 
 def _to_wandb(config: DictConfig, runs: Sequence[Run]) -> None:

@@ -21,7 +21,7 @@ from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted, try_optimizer
 from emreason.runs.console import quiet
-from emreason.runs.keys import flatten
+from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
 from emreason.types import Engine, UserError
@@ -34,26 +34,6 @@ if TYPE_CHECKING:
 _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
 CONF = str(_INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[3] / "conf")
 """The config tree: inside the package once installed, at the top of the repository in a checkout."""
-
-MAY_CHANGE = (
-    "task",
-    "trainer",
-    "token_budget",
-    "logger",
-    "rationale_rows",
-    "hub",
-    "peft.merge",
-    "evaluation.diagnostics",
-    "overwrite",
-    "quiet",
-    "plan",
-    "keep_checkpoints",
-    "keep_model",
-    "data_root",
-    "engine.max_batch",
-    "hydra",
-)
-"""Config keys that a resumed run may change: they do not alter what is sampled or learned."""
 
 
 @dataclass
@@ -222,12 +202,12 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     with doing(f"Reading dataset {cfg.dataset.name}") as reading:
         reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
-    wanted, there = cfg.examples if "examples" in cfg else cfg.sampler.worked_examples, len(dataset.worked_examples())
-    if wanted > there:
-        key = "examples" if "examples" in cfg else "sampler.worked_examples"
-        raise UserError(
-            f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
-        )
+    there = len(dataset.worked_examples())
+    for key in ("examples",) if "examples" in cfg else ("sampler.worked_examples", "evaluation.few_shot"):
+        if (wanted := OmegaConf.select(cfg, key)) > there:
+            raise UserError(
+                f"{key}={wanted}: {wanted} worked examples are asked for, but dataset.demonstrations has {there}; lower it or add examples."
+            )
     if rank() == 0:
         say(dataset.understood())
     device = torch.device(on(cfg))
@@ -314,7 +294,7 @@ def check_same_config(folder: Path, config: str) -> None:
     differing = [
         f"{key}: {before.get(key)!r} → {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        if before.get(key) != now.get(key) and not within(key, MAY_CHANGE)
     ]
     if differing:
         raise UserError(

@@ -35,6 +35,34 @@ TRAIN_KEYS = _GROUPS | {
     ),
     *("optimizer", "logger", "callbacks", "trial"),  # trial: where a sweeper names its runs
 }
+MAY_CHANGE = (
+    "task",
+    "trainer",
+    "token_budget",
+    "logger",
+    "rationale_rows",
+    "hub",
+    "peft.merge",
+    "evaluation.diagnostics",
+    "overwrite",
+    "quiet",
+    "plan",
+    "keep_checkpoints",
+    "keep_model",
+    "data_root",
+    "dataset.load.data_root",
+    "engine.max_batch",
+    "engine.memory",
+    "engine.shared",
+    "engine.server",
+    "engine.cuda_graphs",
+    "m_step.tokens_per_batch",
+    "m_step.gradient_checkpointing",
+    "m_step.on_zero_accepted",
+    "hydra",
+)
+"""Config keys that a resumed run may change: they do not alter what is sampled or learned, or (the last) only where it would end."""
+
 SECTIONS = {
     "model": {"name", "load"},
     "peft": {"name", "add", "merge"},
@@ -156,6 +184,11 @@ def check_trainer(trainer: DictConfig) -> None:
             raise UserError(f"trainer.{name}: it does not fit a loop in which an epoch is an EM iteration; use {INSTEAD[name]}.")
         if name not in TRAINER_KEYS and not name.startswith("_"):
             raise UserError(f"trainer.{name}: it must be one of {', '.join(sorted(TRAINER_KEYS))}.")
+
+
+def within(key: str, keys: Collection[str]) -> bool:
+    """Whether a dotted key is one of `keys`, or lies below one of them."""
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

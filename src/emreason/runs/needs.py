@@ -37,7 +37,8 @@ def needs(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, dty
     if shape is None:
         return []
     work = work_of(cfg, dataset, scheme, questions, dtype, device)
-    ranks = cfg.trainer.get("devices", 1) if device == "cpu" else 1
+    devices = cfg.trainer.get("devices", 1)
+    ranks = devices if device == "cpu" and type(devices) is int and devices > 0 else 1  # "auto", -1: one on a CPU
     phases = footprint(shape, work)
     where = "of each GPU" if device == "cuda" else f"of {ranks} processes" if ranks != 1 else ""
     told = "; ".join(f"{phase} {ranks * total(parts) / GIB:.1f} GiB ({_parts(parts, ranks)})" for phase, parts in phases.items())

@@ -17,7 +17,7 @@ from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
 from emreason.runs.experiment import check_same_config
 from emreason.runs.needs import free_on_gpu, free_on_host, needs
-from emreason.runs.summary import read_summary
+from emreason.runs.summary import nothing_left, read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Split, UserError
 
@@ -130,5 +130,5 @@ def _state(cfg: DictConfig, folder: Path) -> str:
         check_same_config(folder, OmegaConf.to_yaml(compared, resolve=True))
     except UserError as error:
         return f"would be refused: {error}"
-    done = len(before.get("iterations", []))
-    return f"{before.get('status')} after {done} iterations; " + ("nothing to do" if done >= cfg.trainer.max_epochs else "it would go on")
+    left = "nothing to do" if nothing_left(before, cfg.trainer.max_epochs, cfg.token_budget) else "it would go on"
+    return f"{before.get('status')} after {len(before.get('iterations', []))} iterations; {left}"

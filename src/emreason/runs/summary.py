@@ -22,11 +22,11 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-cor
 
 
 class Summary:
-    """`summary.json`, replaced atomically at every change; an earlier one in the folder is continued."""
+    """`summary.json`, replaced atomically at every change; an earlier one in the folder is continued, unless `anew`."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: dict[str, Any], anew: bool = False):
         self.path = folder / "summary.json"
-        before = read_summary(folder)
+        before = {} if anew else read_summary(folder)  # which another rank may still be removing
         self._spent = float(before.get("seconds") or 0.0)
         self._start = time.monotonic()
         self.values: dict[str, Any] = {
@@ -55,6 +55,19 @@ class Summary:
 def tokens_drawn(iterations: list[dict[str, Any]]) -> int:
     """What the E-steps of a summary's iterations have generated, accepted or not."""
     return sum(record["e_step"]["tokens"] for record in iterations)
+
+
+def iterations_wanted(done: list[dict[str, Any]], max_epochs: int, token_budget: int | None) -> int:
+    """EM iterations in all; no more than are done where these have used up the token budget, or a callback has ended the run."""
+    spent = token_budget is not None and tokens_drawn(done) >= token_budget
+    ended = spent or bool(done and done[-1].get("stopped") == "callback")
+    return min(len(done), max_epochs) if ended else max_epochs
+
+
+def nothing_left(before: dict[str, Any], max_epochs: int, token_budget: int | None) -> bool:
+    """Whether a run with this summary has come to its end."""
+    done = before.get("iterations", [])
+    return before.get("status") == "finished" and len(done) >= iterations_wanted(done, max_epochs, token_budget)
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from emreason.questions.answers import statement_start
-from emreason.schemes.samplers import Scheme, by_question, is_trivial
+from emreason.schemes.samplers import WELL_FORMED, Scheme, by_question, is_trivial
 from emreason.schemes.weights import effective_sample_size, log_mean_weight, normalized
 from emreason.scores.scoring import mean
 from emreason.scores.stats import chance_acceptance
@@ -57,13 +57,15 @@ def e_step_record(
 ) -> dict[str, Any]:
     """The E-step's numbers. Every question is accepted, rejected or errored; every sampled token is charged, discarded or not.
 
-    `chance_acceptance` is what a uniform guesser over the choices would reach with the same number of tries; None for free answers.
+    `chance_acceptance` is what a uniform guesser over the choices would reach with the same number of tries; None for free answers, and
+    where any answer is accepted.
     """
     accepted = [r for r in attempts if r.accepted]
     solved = {r.question_id for r in accepted}
     errored = {r.question_id for r in attempts if r.finish_reason == "error"}
     first = [r for r in attempts if r.attempt == 1]
-    chances = [chance_acceptance(len(q.choices), scheme.n_tries(iteration)) for q in questions if q.choices]
+    guessed = [q for q in questions if q.choices] if scheme.reward != WELL_FORMED else []
+    chances = [chance_acceptance(len(q.choices), scheme.n_tries(iteration)) for q in guessed]
     trivial = [r for r in accepted if is_trivial(r.text)]
     drawn = [r for r in attempts if r.finish_reason != "error"]
     return {

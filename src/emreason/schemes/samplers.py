@@ -32,6 +32,10 @@ PROPOSALS = ("question", "rationalization")
 _ANSWER_LINE = re.compile(r"^[^\w\n]*(?:_[^\w\n]*)*(?:(?:final|the)[^\S\n]+){0,2}answer\b", re.IGNORECASE | re.MULTILINE)
 
 
+CORRECT, WELL_FORMED = "emreason.schemes.rewards.correct", "emreason.schemes.rewards.well_formed"
+"""The rewards that ask for the right answer and no more, and for any."""
+
+
 @dataclass
 class Scheme:
     """One sampling scheme and how it draws; an instance of `conf/sampler/*.yaml`.
@@ -69,7 +73,7 @@ class Scheme:
     distinct: bool = False
     weigh: str = "rationales"
     truncate: float | None = None
-    reward: str = "emreason.schemes.rewards.correct"
+    reward: str = CORRECT
     choose: str = "all"
     share: float = 1.0
 
@@ -95,6 +99,10 @@ class Scheme:
                 f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums, well_formed or "
                 "verified."
             )
+        if self.share != 1 and self.choose == "all":
+            raise UserError(f"sampler.share={self.share}: sampler.choose=all asks every question; set sampler.choose=adaptive.")
+        if self.truncate is not None and not self.weighs_by_importance:
+            raise UserError(f"sampler.truncate={self.truncate} cuts importance weights; set sampler.weigh=importance or resample.")
         if self.weighs_by_importance and (self.keep < len(self.tries) or self.top_p < 1 or self.temperature == 0 or self.distinct):
             raise UserError(
                 f"sampler.weigh={self.weigh} needs all draws, from the whole distribution: set sampler.keep={len(self.tries)}, "
@@ -277,9 +285,9 @@ def judge(
     )
 
 
-def training_ids(rationale: Rationale, eos_token_id: int) -> tuple[int, ...]:
-    """The supervised tokens: exactly those sampled, and EOS where the completion was ended at its answer line.
+def training_ids(rationale: Rationale, end_id: int) -> tuple[int, ...]:
+    """The supervised tokens: exactly those sampled, and the reply's end where the completion was ended at its answer line.
 
-    Not where the weight is negative: that EOS was never sampled, and a model must not unlearn to end.
+    Not where the weight is negative: that end was never sampled, and a model must not unlearn to end.
     """
-    return rationale.token_ids + ((eos_token_id,) if rationale.finish_reason == "answer" and rationale.weight > 0 else ())
+    return rationale.token_ids + ((end_id,) if rationale.finish_reason == "answer" and rationale.weight > 0 else ())

@@ -19,7 +19,7 @@ from emreason.models.batches import Example, bucket, collate
 from emreason.progress import bar
 from emreason.questions.answers import gold_text, statement_start, stop_at_answer
 from emreason.questions.grammar.thinking import closing_ids, said, silent_ids
-from emreason.questions.prompts import ANSWER_CUE, Prompts, following
+from emreason.questions.prompts import ANSWER_CUE, Prompts, end_ids, following
 from emreason.scores.scoring import mean, token_logprobs
 from emreason.types import Engine, Question, Request, SamplingParams
 
@@ -88,7 +88,8 @@ def marginal_bounds(
     By Jensen's inequality its expectation is at most log π(y*|x), and it rises to it with K (Burda et al. 2016, Thm 1): a bound in the
     mean, not draw by draw. zₖ is the text before a draw's answer statement, the whole text where there is none; then the answer line is
     forced, so the figure is finite and that of the model that always answers: not knowing the format does not enter. π(y*|x, z) is the
-    probability that the line says y* and ends, with a newline or the text; other wordings of y* count as misses. `label`: of a bar, if any.
+    probability that the line says y* and ends, with a newline, the turn's end or the text's; other wordings of y* count as misses.
+    `label`: of a bar, if any.
     """
     by_id = {question.id: question for question in questions}
     params = SamplingParams(max_new_tokens=max_new_tokens)  # the model's own distribution, whatever the sampler's temperature
@@ -99,7 +100,7 @@ def marginal_bounds(
         for i in range(k)
     )
     pairs: dict[tuple[str, int], list[Pair]] = {}
-    answered = dict.fromkeys(by_id, 0)
+    answered, ends = dict.fromkeys(by_id, 0), end_ids(tokenizer)
     with bar(label, len(questions), "questions", enabled=bool(label)) as progress:
         for completion in engine.generate(queue):
             key: Any = completion.request.key
@@ -108,7 +109,7 @@ def marginal_bounds(
             z, stated = rationale_ids(completion.token_ids, tokenizer, prompt_ids)
             answered[question_id] += stated
             context = (*prompt_ids, *z, *cue_ids(z, tokenizer, prompt_ids))
-            pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer)]
+            pairs[question_id, draw] = [(context, ending) for ending in endings(by_id[question_id], tokenizer, ends)]
             progress.update(int(draw == k - 1), len(completion.token_ids))
     keys = [(q.id, i) for q in questions for i in range(k)]
     logs = iter(score([pair for key in keys for pair in pairs[key]]))
@@ -145,10 +146,11 @@ def cue_ids(z: Sequence[int], tokenizer: PreTrainedTokenizerBase, prompt_ids: Se
     return following(tokenizer, "\n", ANSWER_CUE.lstrip("\n")) if on_new_line else following(tokenizer, "a", ANSWER_CUE)
 
 
-def endings(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """What may follow the cue when y* is said: the answer and a newline, the answer and the end of the text."""
+def endings(question: Question, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[tuple[int, ...]]:
+    """What may follow the cue when y* is said: the answer and a newline, or the answer and one of `ends`, `end_ids` of the tokenizer."""
     cue, gold = ANSWER_CUE.lstrip("\n"), gold_text(question)
-    return [following(tokenizer, cue, f" {gold}\n"), (*following(tokenizer, cue, f" {gold}"), tokenizer.eos_token_id)]
+    said = following(tokenizer, cue, f" {gold}")
+    return [following(tokenizer, cue, f" {gold}\n"), *((*said, end) for end in ends)]
 
 
 def summarize(bounds: Sequence[Bound]) -> dict[str, float | None]:

@@ -12,9 +12,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from emreason.em.checkpoints import iterations_in
 from emreason.em.e_step import EStep, iterations_done
 from emreason.em.module import EMModule
 from emreason.models.loading import weights_fingerprint
+from emreason.progress import rank
 from emreason.runs.journal import JsonLines, read_lines, to_line, write_atomic
 from emreason.runs.summary import Summary, best_iteration, phase_memory_bytes, scalars, tokens_drawn
 from emreason.scores.scoring import Prediction
@@ -41,8 +43,7 @@ class Recorder(Callback):
         self.memory: dict[str, int] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        iteration = iterations_done(trainer)
-        if self.summary.values["baseline"] is None and iteration == 0:
+        if self.summary.values["baseline"] is None:
             self.summary.update(baseline=self._baseline(trainer, pl_module))  # type: ignore[arg-type]
         phase_memory_bytes()
 
@@ -133,7 +134,19 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, summary: Summary, folder: Path):
         self.summary = summary
-        self.best, self.last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
+        self.best, self.last, self.next = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last", "next"))
+
+    def restore(self) -> int:
+        """EM iterations that the run goes on from.
+
+        Raises:
+            UserError: a file is not a checkpoint.
+        """
+        done = iterations_in(self.last)
+        if self.next.exists() and iterations_in(self.next) == done and rank() == 0:
+            self.next.replace(self.best)
+        iterations_in(self.best)  # it is read at the end: better told now
+        return done
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         # the first rank alone has the summary
@@ -141,8 +154,10 @@ class Checkpoints(Checkpoint):
             self.summary.update(iterations=[*done[:-1], done[-1] | {"stopped": "callback"}])  # and a finished run stays finished
         is_best = trainer.is_global_zero and best_iteration(self.summary.values["iterations"]) == trainer.current_epoch
         if trainer.strategy.broadcast(is_best):
-            trainer.save_checkpoint(self.best, weights_only=True)
+            trainer.save_checkpoint(self.next, weights_only=True)
         trainer.save_checkpoint(self.last)
+        if trainer.is_global_zero and is_best:  # killed before `last` was whole, the iteration is repeated and may be another's inferior
+            self.next.replace(self.best)
 
 
 def write_predictions(folder: Path, name: str, predictions: list[Prediction]) -> None:
