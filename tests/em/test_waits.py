@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from emreason.em.m_step import accumulate, scorer
+from emreason.models import families
 from emreason.models.batches import Batch, Example, Marks, Step, collate
 from emreason.models.tiny import load_tiny
 from emreason.scores import scoring
@@ -21,6 +22,12 @@ from emreason.scores import scoring
 SHAPE = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 A_LAYER, THE_REST = 70, 60
 UNSHARED, SHARED = [(7 + i, *range(9 + i)) for i in range(5)], [tuple(range(20 + i)) for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def a_plain_head(monkeypatch):
+    """Once per model numbers are multiplied on the CPU to see what its head does: not here, where there are none."""
+    monkeypatch.setattr(families, "_measured_factor", lambda _: 1.0)
 
 
 def batch_of(prompts: list[tuple[int, ...]]) -> Batch:

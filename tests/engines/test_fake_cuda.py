@@ -13,6 +13,7 @@ from emreason.engines.decoder import FusedDecoder
 from emreason.engines.ops import TorchOps
 from emreason.models import families
 from emreason.models.families import read_facts
+from emreason.models.tiny import tiny_tokenizer
 from emreason.types import Request, SamplingParams
 
 ROWS = 16
@@ -56,13 +57,31 @@ def test_kernels_of_a_step(monkeypatch):
     assert two - 2 * a_layer <= THE_REST
 
 
+def test_an_engine_draws_as_the_device_wants_that_the_model_has_moved_to(monkeypatch):
+    """Lightning moves it after the engine is made."""
+    monkeypatch.setattr(inprocess, "cuda_recorder", lambda: lambda _: None)
+    monkeypatch.setattr(families, "_offset", lambda _: 0.0)
+    tokenizer = tiny_tokenizer()
+    shape = SHAPE | {"vocab_size": len(tokenizer)}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2)).eval()
+    engines = [inprocess.InProcessEngine(model, tokenizer, cuda_graphs=wanted) for wanted in (True, False)]
+    here = inprocess._Batch(engines[0], FusedDecoder(model, read_facts(model)))
+    assert (here.look_every, here.graphs) == (1, None)
+    with fake_cuda(), torch.no_grad():
+        on_the_gpu(model)
+        recorded, plain = (inprocess._Batch(engine, FusedDecoder(model, read_facts(model))) for engine in engines)
+    assert (recorded.look_every, plain.look_every) == (8, 8)
+    assert recorded.graphs is not None
+    assert plain.graphs is None
+
+
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.7, 0.9), SamplingParams(0)])
 def test_on_real_tensors_nothing_is_looked_at_between_two_looks(params):
     """By the operations that a GPU runs."""
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=2)).eval()
     engine = inprocess.InProcessEngine.__new__(inprocess.InProcessEngine)
     engine.prefix_tokens, engine.context, engine.stats, engine.model = 256, 2048, inprocess.EngineStats(), model
-    engine.recorder = lambda: None
+    engine.recorder, engine.look_every = (lambda: None), None
     facts = read_facts(model)
     with torch.no_grad():
         batch = inprocess._Batch(engine, FusedDecoder(model, facts, ops=TorchOps(facts)))

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from emreason.engines import forward
 from emreason.engines.forward import BatchedDecoder, RowDecoder, disagrees, forward_decoder
 from emreason.engines.inprocess import InProcessEngine
+from emreason.scores.scoring import token_logprobs
 from emreason.types import Request, SamplingParams, UserError
 
 VOCABULARY, EOS = 90, 1
@@ -71,8 +72,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "lfm2": PLAIN | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "qwen3_next": EXPERTS | DELTA | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 12},
     "granitemoehybrid": EXPERTS | MAMBA | {"layer_types": ["mamba", "attention"]},
-    "falcon_h1": PLAIN | MAMBA | {"mamba_d_ssm": 96},
+    "falcon_h1": PLAIN | MAMBA | {"mamba_d_ssm": 96, "lm_head_multiplier": 0.2},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "state_size": 8, "num_hidden_layers": 2, "initializer_range": 0.15},
+}
+HEADS: dict[str, dict[str, Any]] = {  # what is made of the last states is not a product alone
+    "hyperclovax": PLAIN | {"logits_scaling": 0.25},
+    "modernbert-decoder": PLAIN | {"local_attention": 8},
+    "gemma2": PLAIN | {"final_logit_softcapping": 3.0, "head_dim": 12, "sliding_window": 8},
 }
 SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_neo": (PLAIN | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16}, "row by row"),
@@ -102,7 +108,7 @@ class Plain:
 @cache
 def tiny(name: str) -> Any:
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](**(SHAPES.get(name) or SLOW[name][0]))
+    config = CONFIG_MAPPING[name](**(SHAPES.get(name) or HEADS.get(name) or SLOW[name][0]))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name == "gpt_oss" else None).eval()
     for parameter in model.parameters():  # so that attention is far from uniform
         if parameter.ndim > 1 and parameter.std() < 0.1:
@@ -141,6 +147,20 @@ def test_greedy_ids_are_those_of_generate_and_draws_do_not_depend_on_the_batch(n
     alone = complete(model, drawn, 1)
     assert len(set(alone.values())) > 5
     assert complete(model, drawn, 8) == complete(model, drawn[::-1], 3) == alone
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *HEADS])
+def test_log_probabilities_of_rows_that_begin_alike_are_the_model_s_own(name: str) -> None:
+    """Of the M-step and of scoring passes."""
+    model = tiny(name)
+    ids = torch.randint(2, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(5))
+    ids[1:, :10] = ids[0, :10]
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 9:] = True
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[:, 8:-1].gather(2, ids[:, 9:, None]).flatten()
+        found = token_logprobs(model, ids, mask)
+    assert torch.allclose(found, own, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -102,6 +102,12 @@ def test_awake_from_call_to_call_and_weights_only_when_they_have_changed(fake, t
     assert draw(engine) == ["wake weights", *HAND_OVER, "wake kv_cache"]
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, 512), (4096, 512), (100, 100)])
+def test_its_context_is_no_longer_than_the_model_s(fake, tiny, asked, expected):
+    draw(VllmEngine(*tiny, max_length=asked))
+    assert fake.made["options"]["max_model_len"] == expected
+
+
 def test_it_starts_from_a_folder_of_a_fixed_name(fake, tiny):
     model, tokenizer = tiny
     folders = []
@@ -159,6 +165,17 @@ def test_tensor_parallel_gets_gpus_that_no_rank_trains_on(monkeypatch, visible, 
     with apart(gpu, tensor_parallel):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.parametrize("told", ["2", "2(x3)", "2,1"])
+def test_under_srun_ranks_are_counted_too(monkeypatch, told):
+    """Neither srun nor Lightning says LOCAL_WORLD_SIZE there."""
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", told)
+    with apart(torch.device("cuda", 0), 2):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,2"
 
 
 def model_of(billions: float, dtype: torch.dtype, trained: bool = True) -> torch.nn.Module:

@@ -23,6 +23,7 @@ from emreason.models.families import base_causal_lm, read_facts
 from emreason.models.loading import load_gguf, weights_fingerprint
 from emreason.models.memory import let_go
 from emreason.models.sizes import gguf_cache, parameters
+from emreason.models.tiny import load_tiny
 from emreason.types import UserError
 
 
@@ -247,3 +248,15 @@ def test_auto_is_the_faster_type_though_the_machine_is_busy_for_a_while(monkeypa
     monkeypatch.setattr(loading.nn.functional, "linear", linear)
     assert loading.choose_dtype("auto", torch.device("cpu")) is expected
     assert now[0] < 0.5
+
+
+def test_too_little_memory_is_not_told_as_a_wrong_path(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model, tokenizer = load_tiny()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        loading.load_pretrained(str(tmp_path))

@@ -9,15 +9,15 @@ import torch
 from conftest import TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from emreason.bench.precision import losses_of
 from emreason.em.m_step import MStep
 from emreason.em.module import EMModule
-from emreason.engines.packing import _weight
 from emreason.models import kernels, masters
 from emreason.models.batches import Example, Step, collate
-from emreason.models.loading import add_lora, load_package
-from emreason.models.masters import dithered, publish
+from emreason.models.loading import add_lora, export, load_package
+from emreason.models.masters import dithered, effective_weight, publish
 from emreason.models.tiny import load_tiny
 from emreason.questions.prompts import Prompts
 from emreason.types import Question
@@ -84,8 +84,8 @@ def test_a_merged_adapter_is_right_in_expectation():
             base = module.get_base_layer().weight
             torch.nn.init.constant_(module.lora_A["default"].weight, 0.01)
             torch.nn.init.constant_(module.lora_B["default"].weight, 1e-4)
-            moved += float((_weight(module, torch.bfloat16).float() - base.float()).sum())
-            wanted += float((_weight(module, torch.float32) - base.float()).sum().detach())
+            moved += float((effective_weight(module, torch.bfloat16).float() - base.float()).sum())
+            wanted += float((effective_weight(module, torch.float32) - base.float()).sum().detach())
     assert moved == pytest.approx(wanted, rel=0.2)
     assert wanted != 0
 
@@ -116,3 +116,26 @@ def real_losses(dtype, lora):
         examples.append(Example(question.id, prompts.ids(question), ids))
     batch = collate(examples, [1 / sum(len(e.completion_ids) for e in examples)] * len(examples), tokenizer.pad_token_id)
     return losses_of(module, [Step([batch])] * 7)
+
+
+def test_an_exported_merged_model_has_learned_what_its_adapter_has(tmp_path):
+    """peft rounds to nearest, and what is below half a grid step is lost."""
+    model, tokenizer = load_tiny(hidden_size=256, dtype=torch.bfloat16)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters() if "proj" in name}
+    adapted = add_lora(model, 16, 32)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).sign() * 1e-4)
+    wanted = {
+        n.removesuffix(".base_layer"): m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")
+    }
+    export(adapted, tokenizer, tmp_path / "model", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    told = size = 0.0
+    for name, p in merged.named_parameters():
+        if name in before:
+            delta = wanted[name.removesuffix(".weight")]
+            told += float(((p.float() - before[name]) * delta).sum().detach())
+            size += float((delta * delta).sum().detach())
+    assert told / size == pytest.approx(1, abs=0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from emreason.models.families import logit_factor
 from emreason.models.kernels import library
 from emreason.models.training import products
 from emreason.models.training.packed import prefix_tree
@@ -93,33 +96,50 @@ def test_dropout_is_left_to_peft():
     assert not torch.allclose(module(x), drawn[0], atol=1e-2)
 
 
-class Lm:
-    def __init__(self, config, head):
-        self.config, self.head = config, head
+class Lm(nn.Module):
+    """A head, and what a causal LM's forward does to its products."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, head, after=lambda logits: logits):
+        super().__init__()
+        self.model, self.lm_head, self.after = nn.Module(), head, after
+
+    @property
+    def base_model(self):
+        return self.model
 
     def get_output_embeddings(self):
-        return self.head
+        return self.lm_head
+
+    def set_output_embeddings(self, head):
+        self.lm_head = head
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.after(self.lm_head(self.model(input_ids, use_cache=use_cache).last_hidden_state)))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("kind", [{}, {"logits_scaling": 3.0}, {"final_logit_softcapping": 2.0}])
+@pytest.mark.parametrize("kind", ["plain", "divided", "multiplied", "capped"])
 def test_the_head_s_log_probabilities_and_their_gradients(frozen, chunk, compiled, kind, monkeypatch):
     if not compiled:
         monkeypatch.setattr(products, "library", lambda _: None)
     torch.manual_seed(0)
     head = nn.Linear(16, 70, bias=False).requires_grad_(not frozen)
     x, targets = torch.randn(23, 16) * 4, torch.randint(70, (23,))
-    config = type("Config", (), kind)()
+    after = {"plain": lambda x: x, "divided": lambda x: x / 3, "multiplied": lambda x: x * 1.7, "capped": lambda x: 2 * torch.tanh(x / 2)}
+    lm = Lm(head, after[kind])
+    before = torch.get_rng_state()
+    assert logit_factor(lm) == pytest.approx({"plain": 1, "divided": 1 / 3, "multiplied": 1.7, "capped": None}[kind])
+    assert torch.equal(before, torch.get_rng_state())
+    assert lm.lm_head is head
 
     def expected(x):
-        logits = head(x) / kind.get("logits_scaling", 1)
-        cap = kind.get("final_logit_softcapping")
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        return (logits / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return (after[kind](head(x)) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
-    ours = results(lambda x: head_logprobs(Lm(config, head), x, targets, chunk, 0.7), x, module=head)
+    ours = results(lambda x: head_logprobs(lm, x, targets, chunk, 0.7), x, module=head)
     assert close(ours, results(expected, x, module=head), 1e-5)
 
 
@@ -127,7 +147,7 @@ def test_the_head_s_log_probabilities_and_their_gradients(frozen, chunk, compile
 def test_a_head_that_has_diverged_stays_not_finite():
     head, x = nn.Linear(16, 70, bias=False).bfloat16(), torch.randn(3, 16).bfloat16()
     x[1, 2] = torch.nan
-    found = head_logprobs(Lm(object(), head), x, torch.tensor([1, 2, 3]), 256, 1.0)
+    found = head_logprobs(Lm(head), x, torch.tensor([1, 2, 3]), 256, 1.0)
     assert found.isfinite().tolist() == [True, False, True]
 
 
@@ -160,9 +180,7 @@ def test_the_heads_gradient_is_summed_in_float32_over_many_chunks():
     def gradient(dtype, chunk):
         model = head.to(dtype)
         model.weight.grad = None
-        model.get_output_embeddings = lambda: model
-        model.config = None
-        head_logprobs(model, states.to(dtype), targets, chunk, 1.0).sum().backward()
+        head_logprobs(Lm(head), states.to(dtype), targets, chunk, 1.0).sum().backward()
         return model.weight.grad.double()
 
     exact = gradient(torch.float32, 2048)

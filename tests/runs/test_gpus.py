@@ -189,3 +189,24 @@ def test_auto_is_bfloat16_only_where_the_gpu_has_it(monkeypatch, real, emulated,
     """A T4 or V100 says that it has, and emulates it."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: emulated if including_emulation else real)
     assert choose_dtype("auto", torch.device("cuda")) is expected
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("devices", "environment", "expected"),
+    [
+        ("4", {}, 0),
+        ("4", {"LOCAL_RANK": "3"}, 3),
+        ("[2,1]", {"LOCAL_RANK": "1"}, 1),
+        ("[2,1]", {}, 2),
+        ("1", {"SLURM_LOCALID": "2"}, 2),
+        ("auto", {}, 0),
+    ],
+)
+def test_every_rank_loads_onto_a_gpu_of_its_own(monkeypatch, devices, environment, expected):
+    """Quantised weights are there before Lightning chooses."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert experiment.gpu_of(compose_config("experiment=smoke", f"trainer.devices={devices}"), 4) == expected

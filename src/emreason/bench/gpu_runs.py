@@ -17,6 +17,7 @@ from emreason import evaluate as evaluation
 from emreason import train as training
 from emreason.bench.work import configured
 from emreason.em.module import EMModule
+from emreason.engines.gpu.graphs import Graphs
 from emreason.runs.experiment import CONF
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def runs(found: Findings) -> None:
     """Whole runs in every precision and way of training; one that is interrupted and resumed; an evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         for name, overrides in RUNS.items():
-            summary = training.train(smoke(found, *overrides), Path(folder, name))
+            with mock.patch.object(Graphs, "run", autospec=True, side_effect=Graphs.run) as launched:
+                summary = training.train(smoke(found, *overrides), Path(folder, name))
             found.values[name] = round(summary["seconds"], 1)
             found.expect(summary["status"] == "finished", f"{name}: {summary['status']}")
+            found.expect(launched.called == found.on_gpu, f"{name}: decoding steps went {'' if launched.called else 'not '}through graphs")
         cfg = smoke(found, *RUNS["bfloat16"])
         with mock.patch.object(EMModule, "training_step", interrupted_in(1)), contextlib.suppress(KeyboardInterrupt, SystemExit):
             training.train(cfg, Path(folder, "resumed"))

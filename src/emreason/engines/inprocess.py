@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from emreason.engines.decoder import CACHE_STEP, ROWS_STEP, Decoder, FusedDecoder, make_decoder
 from emreason.engines.drawing import Shaping, counter_uniforms, draw, signed
-from emreason.engines.gpu.graphs import Graphs, cuda_recorder
+from emreason.engines.gpu.graphs import Graphs, Record, cuda_recorder
 from emreason.engines.prefixes import MIN_SHARED, PrefixCache, common_prefix
 from emreason.models.families import base_causal_lm
 from emreason.models.memory import is_out_of_memory, release_memory
@@ -110,12 +110,12 @@ class InProcessEngine:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.dtype, self.prefix_tokens = max_batch, dtype, prefix_tokens
-        device = next(model.parameters()).device.type
-        self.look_every = LOOK_EVERY[device]
-        self.recorder = cuda_recorder if cuda_graphs and device == "cuda" else None
+        self.look_every: int | None = None  # steps between two looks of the host; None: as the device wants it
+        self.recorder: Callable[[], Record] | None = None  # None: as `cuda_graphs` and the device say
+        self.cuda_graphs = cuda_graphs
         self.stats = EngineStats()
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
-        self.context = int(getattr(base_causal_lm(model).config, "max_position_embeddings", None) or 2**31)
+        self.context = longest_context(base_causal_lm(model).config) or 2**31
         self._kinds = np.empty(0, dtype=np.int8)
 
     def generate(self, requests: deque[Request]) -> Iterator[Completion]:
@@ -177,11 +177,14 @@ class _Batch:
 
     def __init__(self, engine: InProcessEngine, decoder: Decoder):
         self.engine, self.decoder, self.stats = engine, decoder, engine.stats
+        device = next(engine.model.parameters()).device.type  # only now: Lightning moves the model after the engine is made
+        self.look_every = engine.look_every or LOOK_EVERY[device]
         self.prefixes = PrefixCache(engine.prefix_tokens if isinstance(decoder, FusedDecoder) else 0)
         self.graphs: Graphs | None = None
         if isinstance(decoder, FusedDecoder):
             decoder.keep(engine.prefix_tokens)
-            self.graphs = Graphs(engine.recorder()) if engine.recorder else None
+            recorder = engine.recorder or (cuda_recorder if engine.cuda_graphs and device == "cuda" else None)
+            self.graphs = Graphs(recorder()) if recorder else None
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
         self.changed = True  # since `state` was made: token, cached positions, seed, tokens drawn of each row, int64 [4, B]
@@ -252,7 +255,7 @@ class _Batch:
 
     def step(self) -> list[Completion]:
         """Decode and draw for every row until the host looks; returns the completions that end with it."""
-        steps = self.engine.look_every
+        steps = self.look_every
         if self.changed:
             self._upload()
         longest = max(row.length for row in self.rows)
@@ -318,6 +321,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def longest_context(config: Any) -> int | None:
+    """Positions that a model of text, or the text's part of one of more, was made for; None where its config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

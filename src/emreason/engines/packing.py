@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from emreason.models.masters import dithered
+from emreason.models.masters import active_adapters, effective_weight
 from emreason.models.memory import let_go
 from emreason.models.training.products import in_precision
 
@@ -20,26 +20,6 @@ PACK_ROWS = 512
 
 COPIES = ("cpu",)
 """Devices on which packed copies of the weights, adapters merged, are worth their memory."""
-
-
-def _active(module: Any) -> list[str]:
-    """The adapters whose branches a layer adds."""
-    if type(module) is nn.Linear or module.merged or module.disable_adapters:
-        return []
-    return [a for a in module.active_adapters if a in module.lora_A]
-
-
-def _weight(module: Any, dtype: torch.dtype) -> Tensor:
-    """The effective weight [out, in]: the base weight plus scale · B A of each active adapter, summed in float32.
-
-    In bfloat16 rounded as masters are published: to nearest, most of what a few steps taught an adapter would be lost here.
-    """
-    if type(module) is nn.Linear:
-        return module.weight.to(dtype)
-    weight, active = module.get_base_layer().weight, _active(module)
-    for a in active:
-        weight = weight.float() + module.scaling[a] * (module.lora_B[a].weight.float() @ module.lora_A[a].weight.float())
-    return dithered(weight) if active and dtype == torch.bfloat16 else weight.to(dtype)
 
 
 @functools.cache
@@ -60,7 +40,8 @@ class PackedLinear:
 
     On a CPU that is MKL's packed one in float32 (1.5 × plain `linear` at 4 rows, 1.15 × at 64, 1.08 × at 512; SmolLM2, one core) and
     oneDNN's in bfloat16 (1.5, 1.1, 1.03), adapters merged. On a GPU nothing is copied: the layers' own weights come to lie side by side,
-    and adapters stay apart, added to the product's float32 sum as the M-step adds them.
+    and adapters stay apart, added to the product's float32 sum. The M-step adds them so on a CPU; on a GPU it is peft's forward, which adds
+    them to what is rounded already: of updates that small what is scored there is less than what is sampled here.
     """
 
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
@@ -68,7 +49,7 @@ class PackedLinear:
         self.down: Tensor | None = None
         self.packed: Tensor | None = None
         if bases[0].weight.device.type in COPIES or bases[0].weight.dtype != dtype:
-            weights = [_weight(m, dtype) for m in modules]
+            weights = [effective_weight(m, dtype) for m in modules]
             self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         else:
             self.weight = side_by_side([base.weight for base in bases])
@@ -93,7 +74,7 @@ class PackedLinear:
         begin, found = 0, []
         for module in modules:
             stop = begin + len(getattr(module, "base_layer", module).weight)
-            found += [(begin, stop, module, a) for a in _active(module)]
+            found += [(begin, stop, module, a) for a in active_adapters(module)]
             begin = stop
         if not found:
             return

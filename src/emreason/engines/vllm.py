@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from emreason.engines.handover import TakeWeights, hand_over, version
-from emreason.engines.inprocess import eos_token_ids
+from emreason.engines.inprocess import eos_token_ids, longest_context
 from emreason.engines.server import Drawn, Server
 from emreason.models.families import base_causal_lm
 from emreason.models.loading import drop_quantization
@@ -74,8 +74,8 @@ class VllmEngine:
         self.model, self.tokenizer, self.max_batch, self.memory, self.shared = model, tokenizer, max_batch, memory, shared
         self.dtype = dtype or next(model.parameters()).dtype
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
-        config = base_causal_lm(model).config
-        self.context = max_length or int(getattr(config, "max_position_embeddings", None) or 2048)
+        context = longest_context(base_causal_lm(model).config) or 2048
+        self.context = min(max_length or context, context)
         self.options = {"max_num_seqs": max_batch, **(options or {})}
         self.pieces = 1
         self._vllm: Server | LocalVllm | None = None
@@ -294,7 +294,8 @@ def apart(gpu: torch.device, gpus: int) -> Iterator[None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         listed = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         mine = gpu.index or 0
-        training = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        told = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")  # by torchrun, by srun ("4", "4(x2)"), by Lightning
+        training = next((int(found[0]) for name in told if (found := re.match(r"\d+", os.environ.get(name, "")))), 1)
         spare = listed[training:][mine * (gpus - 1) :][: gpus - 1]
         if gpus > 1 and training * gpus > len(listed):
             raise UserError(

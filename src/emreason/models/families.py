@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from emreason.models.memory import is_out_of_memory
 
@@ -194,6 +196,72 @@ def final_logits(config: Any, logits: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+class _Output(BaseModelOutputWithPast):
+    """A decoder's last states; of whatever else a causal LM passes on there is none."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def own_logits(causal_lm: Any, states: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] of the decoder's last states [tokens, width], by the model's own forward, whatever that does to them."""
+
+    def saying(module: Any, **modules: nn.Module) -> Any:
+        stand_in = _shallow(module, **modules)
+        stand_in.forward = lambda *_, **__: _Output(last_hidden_state=states[None])
+        return stand_in
+
+    decoder = causal_lm.base_model
+    inner = {name: saying(child) for name, child in decoder.named_children() if isinstance(child, PreTrainedModel)}
+    twin = _shallow(causal_lm, **{causal_lm.base_model_prefix: saying(decoder, **inner)})
+    ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+    logits: Tensor = twin(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+_FACTORS: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+
+
+def logit_factor(causal_lm: Any) -> float | None:
+    """c where the model's logits are c times its output embeddings' products (1, Granite's 1/8, Cohere's 1/16, …), measured once; None
+    where they are anything else: softly capped (Gemma), behind one more layer (ModernBERT).
+    """
+    if causal_lm not in _FACTORS:
+        _FACTORS[causal_lm] = _measured_factor(causal_lm)
+    return _FACTORS[causal_lm]
+
+
+@torch.no_grad()
+def _measured_factor(causal_lm: Any) -> float | None:
+    there = causal_lm.get_output_embeddings()
+    if type(there) is not nn.Linear or there.bias is not None:
+        return None
+    twin = _shallow(causal_lm)
+    width = there.in_features
+    head = nn.utils.skip_init(nn.Linear, width, 8, bias=False)  # drawing weights would shift the run's random numbers
+    head.weight.copy_(torch.arange(8.0 * width).cos().view(8, width) / width**0.5)
+    states = 100 * torch.arange(3.0 * width).sin().view(3, width)
+    twin.set_output_embeddings(head)
+    if causal_lm.get_output_embeddings() is not there:  # it lies in a part that the two share
+        causal_lm.set_output_embeddings(there)
+        return None
+    plain = head(states)
+    try:
+        logits = own_logits(twin, states)
+    except RuntimeError:  # there is more than the embeddings to it, on another device or in another precision
+        return None
+    except Exception as error:  # a model of somebody's own
+        log.warning(
+            "%s: what it makes of its last states cannot be told (%s); products with the output embeddings are taken as the logits",
+            type(causal_lm).__name__,
+            error,
+        )
+        return 1.0
+    factor = float((logits * plain).sum() / (plain * plain).sum())
+    return factor if torch.allclose(logits, factor * plain, rtol=1e-4, atol=1e-4 * float(logits.abs().max())) else None
 
 
 _VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()

@@ -16,8 +16,9 @@ import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from emreason.models.families import base_causal_lm
-from emreason.models.memory import let_go, release_memory
+from emreason.models.families import base_causal_lm, can_pack
+from emreason.models.masters import effective_weight
+from emreason.models.memory import is_out_of_memory, let_go, release_memory
 from emreason.models.sizes import gguf_cache
 from emreason.progress import doing
 from emreason.types import UserError
@@ -95,6 +96,8 @@ def load_pretrained(
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # told by who knows what would take less
         raise UserError(f"model.load.path={path!r}: the weights could not be loaded ({_first_line(error)}); {_ways_out(path)}") from error
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(tokenizer) > rows:
@@ -182,6 +185,8 @@ def _convert(folder: Path, gguf_file: str, dtype: torch.dtype, cached: Path) -> 
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
             nn.Module.to(model, dtype)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model: {folder / gguf_file} could not be read as GGUF ({_first_line(error)}); download it again.") from error
     drop_quantization(model)
     try:
@@ -255,6 +260,18 @@ def load_adapter(model: PreTrainedModel, folder: str) -> nn.Module:
     return PeftModel.from_pretrained(model, folder)
 
 
+@torch.no_grad()
+def merge_adapters(model: Any) -> None:
+    """Put the adapters into the weights, for good: the weights that the engine samples from. Layers that we do not fuse peft merges."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            if can_pack(module):
+                weight = module.get_base_layer().weight
+                weight.copy_(effective_weight(module, weight.dtype))
+            else:
+                module.merge()
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """A hash of every parameter's name and bytes, the same on every device."""
     digest = xxhash.xxh3_64()
@@ -274,7 +291,8 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, m
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if merge:
-        model = model.merge_and_unload()  # type: ignore[operator]
+        merge_adapters(model)
+        model = model.unload()  # type: ignore[operator]
     drop_quantization(base_causal_lm(model))
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,26 @@ def dithered(values: Tensor, key: int = 0, out: Tensor | None = None) -> Tensor:
         return out.copy_(_by_torch(values, key))
     functions.publish(values.data_ptr(), out.data_ptr(), values.numel(), key)
     return out
+
+
+def active_adapters(module: Any) -> list[str]:
+    """The adapters whose branches a linear layer adds."""
+    if type(module) is nn.Linear or module.merged or module.disable_adapters:
+        return []
+    return [a for a in module.active_adapters if a in module.lora_A]
+
+
+def effective_weight(module: Any, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight [out, in]: the base's plus scale · B A of each active adapter, summed in float32.
+
+    In bfloat16 rounded as masters are published: to nearest, most of what a few steps taught an adapter would be lost here.
+    """
+    if type(module) is nn.Linear:
+        return module.weight.to(dtype)
+    weight, active = module.get_base_layer().weight, active_adapters(module)
+    for a in active:
+        weight = weight.float() + module.scaling[a] * (module.lora_B[a].weight.float() @ module.lora_A[a].weight.float())
+    return dithered(weight) if active and dtype == torch.bfloat16 else weight.to(dtype)
 
 
 def _by_torch(values: Tensor, key: int) -> Tensor:

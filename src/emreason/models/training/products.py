@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from emreason.models.families import final_logits
+from emreason.models.families import logit_factor, own_logits
 from emreason.models.kernels import library
 from emreason.models.masters import dithered
 
@@ -145,13 +145,11 @@ class _Head(torch.autograd.Function):
 
 def head_logprobs(causal_lm: Any, x: Tensor, targets: Tensor, chunk: int, temperature: float) -> Tensor:
     """log softmax(logits / temperature) [tokens] float32 of the `targets` [tokens], `chunk` states x at a time; differentiable."""
-    head, config = causal_lm.get_output_embeddings(), causal_lm.config
-    if type(head) is nn.Linear and head.bias is None and getattr(config, "final_logit_softcapping", None) is None:
-        temperature *= getattr(config, "logits_scaling", None) or 1.0
-        return _Head.apply(x, head.weight, targets, chunk, temperature)
+    if (factor := logit_factor(causal_lm)) is not None:
+        return _Head.apply(x, causal_lm.get_output_embeddings().weight, targets, chunk, temperature / factor)
 
     def logprobs(x: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(final_logits(config, head(x)).float() / temperature, targets, reduction="none")
+        return -F.cross_entropy(own_logits(causal_lm, x).float() / temperature, targets, reduction="none")
 
     parts = zip(x.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(logprobs, *part, use_reentrant=False) if torch.is_grad_enabled() else logprobs(*part) for part in parts])
