@@ -224,6 +224,36 @@ def test_reward():
     assert not correct("Parisian", TEXT)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "alike"),
+    [
+        (r"\frac{5}{12}", r"\dfrac{5}{12}", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\left(3, \frac{\pi}{2}\right)", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \frac{\pi}{2})", True),
+        ("p - q", "p-q", True),
+        (r"70 \sqrt{2}", r"70\sqrt{2}", True),
+        ("10,080", "10080", True),
+        (r"11,\! 111", "11111", True),
+        ("x^3+3x-6", "x^3 + 3x - 6", True),
+        ("(A)", "A", True),
+        (r"\text{(C)}", "C", True),
+        ("(A)", "B", False),
+        (r"\frac{1}{2x}", r"\frac{1}{2}x", False),
+        ("x^{12}", "x^12", False),
+        ("1 2 3", "123", False),
+        ("(1,234)", "(1234)", False),
+        ("1,2", "12", False),
+        ("3.10", "3.1", False),
+        (r"\sqrt{2}", "2", False),
+        ("New York", "NewYork", False),
+        ("New-York", "New York", False),
+    ],
+)
+def test_a_formula_is_the_same_however_it_is_set(gold, answer, alike):
+    """Golds of MATH and of BIG-bench, and what models make of them."""
+    assert correct(answer, Question("m", "?", gold, "text")) == alike
+
+
 def test_reward_of_a_dataset_with_its_own_verifier():
     even = Question("v", "Name an even number.", "2", "number", verify=lambda answer: int(answer) % 2 == 0)
     assert correct("4", even)

@@ -284,6 +284,57 @@ def test_what_is_not_shown_is_said(caplog):
     assert "f: context is not shown; dataset.columns.question=[context,question] puts it before the question" in caplog.messages
 
 
+def test_what_makes_another_task_of_a_table_is_said(caplog):
+    wrong = {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2)}
+    questions([{"Question": "Which?", "Correct Answer": "right", **wrong}])  # GPQA
+    assert "Incorrect Answer 1, Incorrect Answer 2 is not read, the questions are asked without choices" in caplog.text
+    caplog.clear()
+    questions(rows(answer="red", distractor1="blue", hint=lambda i: "A hint." if i else ""))  # SciQ, ScienceQA
+    assert "distractor1 is not read" in caplog.text
+    assert "hint is not shown" in caplog.text
+    caplog.clear()
+    questions(rows(choices=PQRS, answer="B", image=lambda i: {"bytes": "x"} if i else None, distractor1="p"))
+    assert "image is not shown; models of text" in caplog.text
+    assert "distractor1" not in caplog.text
+    caplog.clear()
+    questions(rows(label=lambda i: i % 2))  # SuperGLUE's BoolQ
+    assert "label is 0 or 1, read as a number; dataset.load.choices=[no,yes]" in caplog.text
+    assert said(questions(rows(label=lambda i: i % 2), choices=["no", "yes"]))[1] == ("B", ("no", "yes"))
+    caplog.clear()
+    questions(rows(label=lambda i: i))
+    assert not caplog.text
+
+
+def test_a_column_of_nothing_is_not_the_answer():
+    """MGSM: the test rows' `answer` is null, the training rows' a sentence; `answer_number` is the answer."""
+    found = questions(rows(answer=None, answer_number=lambda i: i + 3))
+    assert [(q.answer, q.kind) for q in found][:2] == [("3", "number"), ("4", "number")]
+    found = questions(rows(answer=lambda i: f"Die Antwort ist {i}.", answer_number=lambda i: i))
+    assert found[2].answer == "2"
+    assert questions(rows(gold=None, solution="red"))[0].answer == "red"
+
+
+def test_one_of_a_list_of_marks_is_right():
+    """TruthfulQA's mc1_targets."""
+    targets = {"mc1_targets": lambda i: {"choices": PQRS, "labels": [int(j == i % 4) for j in range(4)]}}
+    found = questions(rows(**targets), columns={"choices": "mc1_targets.choices", "answer": "mc1_targets.labels"})
+    assert [q.answer for q in found] == ["A", "B", "C", "D", "A"]
+    with pytest.raises(UserError, match="list of numbers"):
+        questions(rows(choices=PQRS, answer=[1, 0, 1, 0]))
+
+
+def test_a_box_may_be_without_braces_or_framed():
+    told = [r"So $\boxed 2$.", r"So $\fbox{3}$.", r"So \boxed {4}.", r"First \boxed{1}, then \boxed{\frac{1}{2}}."]
+    assert [q.answer for q in questions([{"problem": f"P{i}", "solution": s} for i, s in enumerate(told)])] == [
+        "2",
+        "3",
+        "4",
+        r"\frac{1}{2}",
+    ]
+    with pytest.raises(UserError, match=r"does not end with.*skip_unusable=true"):
+        questions([{"problem": f"P{i}", "solution": s} for i, s in enumerate([*told, r"So \boxed 23."])])
+
+
 def test_the_same_choices_for_all():
     found = questions(rows(4, answer=lambda i: i % 2 == 0), choices=["yes", "no"])
     assert said(found) == [("A", ("yes", "no")), ("B", ("yes", "no"))] * 2

@@ -296,7 +296,19 @@ def _is_answer_heading(text: str, statement: Statement) -> bool:
 
 
 def _same_string(answer: str, gold: str) -> bool:
-    return _plain(answer) == _plain(gold) and not _asked(answer, gold)
+    said, right = _plain(answer), _plain(gold)
+    formula = not re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", right))  # words may not be set otherwise
+    return (said == right or (formula and _formula(said) == _formula(right))) and not _asked(answer, gold)
+
+
+def _formula(text: str) -> str:
+    r"""A formula without what only sets it: `\dfrac`, `\left`, thin spaces, blanks beside marks, commas in a number, `(a)` for `a`."""
+    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[!,;: ]", "", text)
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+", text):
+        return text.replace(",", "")
+    return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 
 def _asked(answer: str, gold: str) -> bool:

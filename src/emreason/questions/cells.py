@@ -7,6 +7,7 @@ import datetime
 import decimal
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,17 +65,27 @@ def option_text(value: Any, where: str) -> str | None:
 
 
 def final(text: str) -> str:
-    r"""The answer that a worked solution ends with, after `####` (GSM8K) or in its last `\boxed{…}` (MATH); empty where there is none."""
+    r"""The answer that a worked solution ends with, after `####` (GSM8K) or in its last `\boxed{…}`, `\boxed 2` (MATH); else empty."""
     _, mark, last = text.rpartition("####")
     if mark:
         return last.strip() if "\n" not in last.strip() else ""
-    _, mark, last = text.rpartition("\\boxed{")
-    depth = 1
-    for end, c in enumerate(last if mark else ""):
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>\w)(?!\w))", text))
+    if not boxes:
+        return ""
+    if bare := boxes[-1]["bare"]:
+        return bare
+    last, depth = text[boxes[-1].end() :], 1
+    for end, c in enumerate(last):
         depth += (c == "{") - (c == "}")
         if depth == 0:
             return last[:end].strip()
     return ""
+
+
+def marked_one(value: Any) -> int | None:
+    """Which of the choices is right, where a list says of each whether it is (TruthfulQA: [1, 0, 0]); None of any other cell."""
+    marks = list(value) if isinstance(value, list | tuple) else []
+    return marks.index(1) if len(marks) > 1 and all(mark in (0, 1) for mark in marks) and sum(marks) == 1 else None
 
 
 def alternatives(value: Any, where: str) -> list[Any]:

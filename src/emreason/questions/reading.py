@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from emreason.questions.cells import absent, alternatives, as_text, final, lookup, option_text
+from emreason.questions.cells import absent, alternatives, as_text, final, lookup, marked_one, option_text
 from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.options import GOLDS, Gold, Option, column_groups, column_labels, position, read_options
 from emreason.types import AnswerKind, UserError
@@ -16,14 +16,16 @@ from emreason.types import AnswerKind, UserError
 # Names that the field's data sets use, the more telling first, without case, spaces and marks.
 QUESTION = ("question", "problem", "query", "questionstem", "questiontext", "prompt", "stem")
 ANSWER = (
-    "answer", "answerkey", "correctanswer", "correctoption", "correct", "gold", "target", "finalanswer", "expectedanswer", "groundtruth",
+    "answernumber", "answer", "answerkey", "correctanswer", "correctoption", "correct", "gold", "target", "finalanswer", "expectedanswer",
+    "groundtruth",
     "answeridx", "answerindex", "answers", "label", "cop", "solution",
 )  # fmt: skip
 CHOICES = ("choices", "options", "endings", "answerchoices", "candidates")
 ALIASES = ("aliases", "answeraliases", "possibleanswers")
-CONTEXT = ("context", "passage", "paragraph", "article", "body", "premise", "story", "support")
+CONTEXT = ("context", "passage", "paragraph", "article", "body", "premise", "story", "support", "hint")
 INDEX = ("label", "answeridx", "answerindex", "correctidx", "correctindex", "cop")
-WORKED = ("####", "\\boxed{")
+WORKED = ("####", "\\boxed", "\\fbox")
+WRONG = ("incorrect", "distractor", "wrong")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Reading:
         Raises:
             UserError: it is no text.
         """
-        found = alternatives(lookup(row.record, self.answer), row.where)
+        value = lookup(row.record, self.answer)
+        found = [marked] if (marked := marked_one(value)) is not None else alternatives(value, row.where)
         extra = alternatives(lookup(row.record, self.aliases), row.where) if self.aliases else []
         if not found or absent(found[0]):
             return []
@@ -139,7 +142,9 @@ def understand(rows: Sequence[Row], asked: Asked, source: str) -> Reading:
                 raise UserError(f"dataset.columns.{role}={column}: {source} has no such column, or nothing in it; {_there(counts)}.")
 
     def named(role: str, names: Sequence[str], needed: bool) -> tuple[str, ...]:
-        found = given.get(role) or tuple(_find(names, usual)[:1])
+        there = _find(names, usual)
+        filled = [name for name in there if 2 * sum(not absent(record[name]) for record in records if name in record) >= len(records)]
+        found = given.get(role) or tuple((filled or there)[:1])
         if needed and not found and records:
             raise UserError(f"{source}: no column holds the {role}; {_there(counts)}. Name it: dataset.columns.{role}=….")
         return found or (role,)

@@ -11,7 +11,7 @@ from emreason.questions.cells import absent, as_text, lookup
 from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
-from emreason.questions.reading import CONTEXT, Asked, Reading, Row, plain_name, understand
+from emreason.questions.reading import CONTEXT, WRONG, Asked, Reading, Row, plain_name, understand
 from emreason.types import LETTERS, Question, UserError
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,7 @@ def read(rows: Sequence[Row], asked: Asked, source: str, together: Sequence[Row]
         UserError: a row cannot be read, or what the rows hold is not clear; the message says which key decides.
     """
     reading = understand(rows if together is None else together, asked, source)
-    first = rows[0].record if rows and isinstance(rows[0].record, Mapping) else {}
-    read_columns = {*reading.question, reading.answer}
-    if unread := [column for column in first if plain_name(column) in CONTEXT and column not in read_columns and not absent(first[column])]:
-        shown = ",".join([*unread, *reading.question])
-        log.warning("%s: %s is not shown; dataset.columns.question=[%s] puts it before the question", source, unread[0], shown)
+    _tell(rows, reading, source)
     questions: list[Question] = []
     places: dict[str, str] = {}
     skipped: list[str] = []
@@ -51,6 +47,27 @@ def read(rows: Sequence[Row], asked: Asked, source: str, together: Sequence[Row]
     if skipped:
         log.warning("%s: %s of %s rows skipped, the first: %s", source, f"{len(skipped):,}", f"{len(rows):,}", skipped[0])
     return questions
+
+
+def _tell(rows: Sequence[Row], reading: Reading, source: str) -> None:
+    """Say what of a table is left out that makes another task of it."""
+    records = [row.record for row in rows if isinstance(row.record, Mapping)]
+    held = [str(key) for key in dict.fromkeys(key for record in records for key in record)]
+    held = [key for key in held if any(not absent(record.get(key)) for record in records)]
+    if unread := [key for key in held if plain_name(key) in CONTEXT and key not in (*reading.question, reading.answer)]:
+        shown = ",".join([*unread, *reading.question])
+        log.warning("%s: %s is not shown; dataset.columns.question=[%s] puts it before the question", source, unread[0], shown)
+    if reading.kind != "choice" and (wrong := [key for key in held if plain_name(key).startswith(WRONG) and key != reading.answer]):
+        log.warning(
+            "%s: %s is not read, the questions are asked without choices; a column with a list of choices, shuffled, would show it",
+            *(source, ", ".join(wrong)),
+        )
+    if pictures := [key for key in held if plain_name(key) == "image"]:
+        log.warning("%s: %s is not shown; models of text see the words alone", source, pictures[0])
+    if reading.kind == "number" and plain_name(reading.answer) == "label":
+        told = {str(lookup(record, reading.answer)) for record in records}
+        if told <= {"0", "1"}:
+            log.warning("%s: %s is 0 or 1, read as a number; dataset.load.choices=[no,yes] makes words of it", source, reading.answer)
 
 
 def to_question(row: Row, reading: Reading) -> Question:
@@ -73,7 +90,10 @@ def to_question(row: Row, reading: Reading) -> Question:
         said = "is missing" if shown in (None, "", []) else f"is {shown!r}, which is no answer"
         raise UserError(f"{row.where}: `{reading.answer}` {said}; mend the row, or leave such rows out: dataset.load.skip_unusable=true.")
     if not answers[0]:
-        raise UserError(f"{row.where}: `{reading.answer}` is a worked solution that does not end with `#### ANSWER` or \\boxed{{ANSWER}}.")
+        raise UserError(
+            f"{row.where}: `{reading.answer}` is a worked solution that does not end with `#### ANSWER` or \\boxed{{ANSWER}}; "
+            "mend the row, or leave such rows out: dataset.load.skip_unusable=true."
+        )
     given = lookup(row.record, reading.id) if reading.id else None
     name = row.id if absent(given, words=False) else as_text(given, row.where, "id")
     options = reading.options(row) if reading.kind == "choice" or reading.asked.kind is None else []
