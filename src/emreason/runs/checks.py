@@ -54,8 +54,8 @@ def some_of(*names: str) -> Allowed:
 
 
 FLAG = one_of(True, False)
-SHARDING = {"shard": "shard", "fsdp": "shard", "model_parallel": "shard", "hybrid": "hybrid"}
-"""What `trainer.strategy` may say to train pieces of the weights, and how `Ranks` cuts them."""
+SHARDING = ("shard", "hybrid")
+"""What `trainer.strategy` may say to train pieces of the weights."""
 
 _BETAS = Allowed(
     "two numbers in [0, 1)",

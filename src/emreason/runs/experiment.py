@@ -134,7 +134,7 @@ def read(cfg: DictConfig) -> Settings:
         optimizer=optimizer,
         trainer=make(cfg.trainer, _partial_=True, accelerator=on(cfg)),
         several_ranks=cfg.trainer.get("strategy", "auto") != "auto" or ranks_of(cfg) > 1,
-        sharding=SHARDING.get(cfg.trainer.get("strategy", "auto")),
+        sharding=cfg.trainer.strategy if cfg.trainer.get("strategy") in SHARDING else None,
         loggers=lambda folder: [_logger(node, folder) for node in _named(cfg.logger)],
         callbacks=[make(node) for node in _named(cfg.callbacks)],
         build=lambda dtype: build(cfg, dtype),
@@ -212,7 +212,7 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
         say(dataset.understood())
     device = torch.device(on(cfg))
     if device.type == "cuda":
-        torch.cuda.set_device(gpu_of(cfg, torch.cuda.device_count()))  # where quantised weights are loaded; Lightning does it later
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))  # where quantised weights are loaded; Lightning does it later
         prepare_cuda(expandable="server" not in cfg.engine)
     asked = cfg.engine.get("dtype", "auto")  # an engine of somebody's own may not name it
     precision = asked if asked != "auto" or dtype is None else dtype
@@ -257,12 +257,9 @@ def on(cfg: DictConfig) -> str:
     return "cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def gpu_of(cfg: DictConfig, there: int) -> int:
-    """The index of this process's GPU, of those that are `there`."""
-    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    devices = cfg.trainer.get("devices", 1)
-    chosen = list(devices) if OmegaConf.is_list(devices) or isinstance(devices, list) else range(there)
-    return int(chosen[local % len(chosen)])
+def own_gpu(there: int) -> int:
+    """The index of this rank's GPU, of those that are `there`."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) % there
 
 
 def ranks_of(cfg: DictConfig) -> int:
