@@ -1055,8 +1055,8 @@ FAULTS = [
     fault(
         "export: peft merges",
         "models/loading.py",
-        "            if can_pack(module):\n",
-        "            if False:\n",
+        '        if hasattr(module, "lora_A") and can_pack(module):',
+        "        if False:",
         "models/test_masters.py::test_an_exported_merged_model_has_learned_what_its_adapter_has",
     ),
     fault(
@@ -1083,14 +1083,14 @@ FAULTS = [
     fault(
         "answers: a list of choices is its first",
         "questions/answers.py",
-        "    rest = rest[between.end() :]\n",
-        "    return False\n",
+        "    return any(ends.match(rest[len(other) :]) for other in others if _begins(rest, other))",
+        "    return False",
         "questions/test_answers.py::test_letter_rows",
     ),
     fault(
         "answers: a claim contradicts nothing",
         "questions/answers.py",
-        "        elif claimed - {answer}:",
+        "        elif not all(same(answer, claim, question) for claim in claimed):",
         "        elif False:",
         "questions/test_answers.py::test_letter_rows",
     ),

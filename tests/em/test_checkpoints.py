@@ -159,6 +159,7 @@ def test_a_kill_between_two_checkpoints_leaves_the_best_one_there_is(tmp_path):
     write(checkpoints.next, 3)  # killed while `last` was written: the third iteration is repeated
     assert checkpoints.restore() == 2
     assert iterations_in(checkpoints.best) == 1
+    assert not checkpoints.next.exists()  # it could be taken for the third once that is done
     write(checkpoints.next, 2)  # killed after that
     assert checkpoints.restore() == 2
     assert iterations_in(checkpoints.best) == 2

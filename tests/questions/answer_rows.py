@@ -717,7 +717,12 @@ LETTERS += [
     ("The answer is A. However, the correct answer should be B.", None),
     ("The answer is B.\n\nSo the answer must be B.", "B"),
     ("The answer must be A. No: the answer is B.", "B"),
-    ("The answer is B. The answer would be A if plants burned.", "B"),
+    ("The answer is B. In animals, the answer would be A.", "B"),
+    ("Answer: B. carbon dioxide and C", None),
+    ("Answer: B. carbon dioxide, C", None),
+    ("Answer: B. carbon dioxide + C. helium", None),
+    ("Answer: B) carbon dioxide. A) is wrong because nothing burns.", "B"),
+    ("Answer: B. carbon dioxide (oxygen is released)", "B"),
     ("I thought the answer must be A. The answer is B. I thought the answer should be A.", "B"),
     ("Answer: B\nThe answer should be a letter.", "B"),
 ]
@@ -725,6 +730,10 @@ NUMBERS += [
     ("The answer to this problem is 18.", "18"),
     ("The answer is 18. The answer must be 19.", None),
     ("The answer is 18. The answer should be a whole number.", "18"),
+    ("The answer is $18. The answer should be $18.00.", "18"),
+    ("The answer is 1/2. So the answer must be 0.5.", "1/2"),
+    ("The answer is 18. With tax, the answer would be 20.", "18"),
+    ("If there are 3 boxes with 6 apples each, the answer must be \\boxed{18}.", "18"),
     ("The answer is 18. The answer should be 18 apples.", "18"),
 ]
 TEXTS += [
@@ -736,4 +745,6 @@ TEXTS += [
     ("Answer: carbon dioxide;", "B"),
     ("Answer: carbon dioxide, not helium", "B"),
     ("Answer: carbon dioxide. Helium is too light.", "B"),
+    ("Answer: carbon dioxide, oxygen is what they give off", "B"),
+    ("Answer: carbon dioxide; it is what plants take in", "B"),
 ]

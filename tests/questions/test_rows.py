@@ -312,6 +312,7 @@ def test_a_column_of_nothing_is_not_the_answer():
     found = questions(rows(answer=lambda i: f"Die Antwort ist {i}.", answer_number=lambda i: i))
     assert found[2].answer == "2"
     assert questions(rows(gold=None, solution="red"))[0].answer == "red"
+    assert questions(rows(answer="city 3", answer_number=1))[0].answer == "city 3"
 
 
 def test_one_of_a_list_of_marks_is_right():
@@ -319,8 +320,11 @@ def test_one_of_a_list_of_marks_is_right():
     targets = {"mc1_targets": lambda i: {"choices": PQRS, "labels": [int(j == i % 4) for j in range(4)]}}
     found = questions(rows(**targets), columns={"choices": "mc1_targets.choices", "answer": "mc1_targets.labels"})
     assert [q.answer for q in found] == ["A", "B", "C", "D", "A"]
+    for several in ([1, 0, 1, 0], [0, 1]):  # marks of two; two indices
+        with pytest.raises(UserError, match="list of numbers"):
+            questions(rows(choices=PQRS, answer=several))
     with pytest.raises(UserError, match="list of numbers"):
-        questions(rows(choices=PQRS, answer=[1, 0, 1, 0]))
+        questions(rows(answer=[0, 1]))
 
 
 def test_a_box_may_be_without_braces_or_framed():

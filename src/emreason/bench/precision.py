@@ -27,6 +27,7 @@ from emreason.em.module import EMModule
 from emreason.em.steps import make_steps
 from emreason.models import masters as masters_module
 from emreason.models.batches import Example, Step
+from emreason.questions.prompts import end_ids
 from emreason.runs.experiment import build
 from emreason.schemes.samplers import sample, training_ids
 from emreason.scores.scoring import token_logprobs
@@ -82,7 +83,7 @@ def rationales(seed: int, overrides: Sequence[str]) -> tuple[list[Step], list[An
     drawn = sample(questions, hydra.utils.instantiate(cfg.sampler), parts.engine, parts.prompts, parts.tokenizer, seed=seed, iteration=0)
     accepted = sorted((r for r in drawn if r.accepted), key=lambda r: r.question_id)
     by_id = {q.id: q for q in questions}
-    eos = parts.tokenizer.eos_token_id
+    eos = end_ids(parts.tokenizer)[0]
     examples = [Example(r.question_id, parts.prompts.ids(by_id[r.question_id]), training_ids(r, eos)) for r in accepted]
     m_step = hydra.utils.instantiate(cfg.m_step)
     return make_steps(examples, len(questions), m_step, pad_id=eos, seed=seed), parts.dataset.questions("validation"), examples

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emreason.engines.drawing import Shaping, counter_uniforms, draw, draw_seed
 from emreason.questions.answers import answer_line_complete, correct, extract
-from emreason.questions.prompts import Prompts
+from emreason.questions.prompts import Prompts, end_ids
 from emreason.types import Proposal, Question, SamplingParams
 
 # question: (z, y) ~ π(z, y|x); rationalization: (z, y) ~ π(z, y|x, y*), the prompt shows the answer
@@ -63,7 +63,7 @@ def e_step(
 @torch.no_grad()
 def sample(model: Any, prompts: Prompts, x: Question, proposal: Proposal, params: SamplingParams, seed: int) -> tuple[list[int], bool]:
     """Token ids up to and with the end of the text, which is also where the answer line ends; False where the text is cut off."""
-    prompt, end = prompts.ids(x, proposal), prompts.tokenizer.eos_token_id
+    prompt, end = prompts.ids(x, proposal), end_ids(prompts.tokenizer)[0]
     ids: list[int] = []
     while len(ids) < params.max_new_tokens:
         logits = model(torch.tensor([[*prompt, *ids]])).logits[:, -1]

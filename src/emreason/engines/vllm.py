@@ -74,8 +74,7 @@ class VllmEngine:
         self.model, self.tokenizer, self.max_batch, self.memory, self.shared = model, tokenizer, max_batch, memory, shared
         self.dtype = dtype or next(model.parameters()).dtype
         self.eos_ids = eos_token_ids(base_causal_lm(model), tokenizer)
-        context = longest_context(base_causal_lm(model).config) or 2048
-        self.context = min(max_length or context, context)
+        self.context = min((n for n in (max_length, longest_context(base_causal_lm(model).config)) if n), default=2048)
         self.options = {"max_num_seqs": max_batch, **(options or {})}
         self.pieces = 1
         self._vllm: Server | LocalVllm | None = None
@@ -294,7 +293,7 @@ def apart(gpu: torch.device, gpus: int) -> Iterator[None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         listed = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         mine = gpu.index or 0
-        told = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")  # by torchrun, by srun ("4", "4(x2)"), by Lightning
+        told = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE")  # by torchrun, by Lightning, by srun ("4", "4(x2)")
         training = next((int(found[0]) for name in told if (found := re.match(r"\d+", os.environ.get(name, "")))), 1)
         spare = listed[training:][mine * (gpus - 1) :][: gpus - 1]
         if gpus > 1 and training * gpus > len(listed):

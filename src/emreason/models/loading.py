@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from emreason.models.families import base_causal_lm, can_pack
-from emreason.models.masters import effective_weight
+from emreason.models.masters import active_adapters, effective_weight
 from emreason.models.memory import is_out_of_memory, let_go, release_memory
 from emreason.models.sizes import gguf_cache
 from emreason.progress import doing
@@ -261,15 +261,14 @@ def load_adapter(model: PreTrainedModel, folder: str) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_adapters(model: Any) -> None:
-    """Put the adapters into the weights, for good: the weights that the engine samples from. Layers that we do not fuse peft merges."""
+def merged(model: Any) -> Any:
+    """The model with the adapters in its weights, for good: LoRA's as the engine samples from them, what else there is by peft."""
     for module in model.modules():
-        if hasattr(module, "lora_A"):
-            if can_pack(module):
-                weight = module.get_base_layer().weight
-                weight.copy_(effective_weight(module, weight.dtype))
-            else:
-                module.merge()
+        if hasattr(module, "lora_A") and can_pack(module):
+            weight = module.get_base_layer().weight
+            weight.copy_(effective_weight(module, weight.dtype))
+            module.merged_adapters += active_adapters(module)
+    return model.merge_and_unload()
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -291,8 +290,7 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, m
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if merge:
-        merge_adapters(model)
-        model = model.unload()  # type: ignore[operator]
+        model = merged(model)
     drop_quantization(base_causal_lm(model))
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)

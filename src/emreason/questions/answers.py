@@ -121,7 +121,7 @@ def check(question: Question, where: str) -> None:
 
 def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
     denied: set[str] = set()
-    claimed: set[str] = set()
+    claimed: list[str] = []
     found = list(statements(text))
     for i, statement in enumerate(found):
         if statement.form in ("prose", "denial", "box", "claim") and not (statement.boxed and question.kind == "text"):
@@ -135,8 +135,8 @@ def _decide(text: str, question: Question) -> tuple[Statement, str] | None:
             return None
         answer, end = value
         if statement.form == "claim":
-            claimed.add(answer)
-        elif claimed - {answer}:
+            claimed.append(answer)
+        elif not all(same(answer, claim, question) for claim in claimed):
             return None
         elif statement.form == "denial":
             denied.add(answer)
@@ -247,17 +247,17 @@ def _begins(text: str, choice: str) -> bool:
 
 def _goes_on(rest: str, others: Sequence[str], labels: str = "") -> bool:
     """Whether what follows a choice's text on its line is one more choice, by its label or its text: a list is no answer."""
+    if labels and re.match(rf"[\s),.;]*(?:,|and|or|&|/|\+)\s*[(\[]?[{labels}][)\].]?\s*$", rest):
+        return True
     between = _BETWEEN.match(rest)
     assert between is not None  # it matches nothing, too
-    rest = rest[between.end() :]
-    if labels and re.match(rf"[{labels}][).:](?!\w)", rest):
-        return True
-    bare = re.sub(rf"^[{labels}][\s(]{{1,3}}", "", rest) if labels else rest
-    after = [bare[len(other) :] for other in others if _begins(bare, other)]
-    return any("." not in between[0] or re.match(r"\W*(?:$|[.,;/&)]|(?:and|or)\b)", text) for text in after)
+    rest, label = rest[between.end() :], f"|[{labels}][).:(\\s]" if labels else ""
+    rest = re.sub(rf"^[{labels}][).:\s(]{{1,4}}", "", rest) if labels else rest
+    ends = re.compile(rf"\W*(?:$|[.,;/&)]|(?:and|or)\b{label})")
+    return any(ends.match(rest[len(other) :]) for other in others if _begins(rest, other))
 
 
-_BETWEEN = re.compile(r"[\s)\].,;:(*_`]*(?:(?:and|or|also|as well as|both|&|/)\s{1,3})*[(\[]?(?:(?:the|an?) )?")
+_BETWEEN = re.compile(r"[\s)\].,;:(*_`+]*(?:(?:and|or|also|as well as|both|&|/)\s{1,3})*[(\[]?(?:(?:the|an?) )?")
 
 
 def _choice(value: str, question: Question) -> str | None:
@@ -277,11 +277,12 @@ def _choice(value: str, question: Question) -> str | None:
     alone = len({shown[letter] for letter in begun}) == 1
     rest = said[longest:]
     # "a; b; c" is how the prompt shows the choices
-    listed = re.match(r"[\s.)*_\"']*;\s*\w", rest) or _goes_on(rest, [c for letter, c in without.items() if letter not in begun])
+    listed = _LISTED.match(rest) or _goes_on(rest, [c for letter, c in without.items() if letter not in begun])
     return begun[0] if alone and not listed and stands(rest) and not line.endswith("?") else None
 
 
 _ARTICLE = re.compile(r"^(?:the|an?) ")
+_LISTED = re.compile(r"[\s.)*_\"']*;\s*(?!(?:it|they|this|that|because|since|as|which)\b)\w")
 
 
 def _shown(question: Question, letter: str) -> str:
@@ -303,11 +304,12 @@ def _same_string(answer: str, gold: str) -> bool:
 
 def _formula(text: str) -> str:
     r"""A formula without what only sets it: `\dfrac`, `\left`, thin spaces, blanks beside marks, commas in a number, `(a)` for `a`."""
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[!,;: ]", "", text)
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
-    if re.fullmatch(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+", text):
+    text = re.sub(r"\\!\s?", "", text)
+    if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+", text):
         return text.replace(",", "")
+    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
+    text = re.sub(r"\\[,;: ]", " ", re.sub(r"\\(?:left|right)(?![a-z])", "", text))
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
     return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 

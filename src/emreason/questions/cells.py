@@ -82,10 +82,10 @@ def final(text: str) -> str:
     return ""
 
 
-def marked_one(value: Any) -> int | None:
+def marked_one(value: Any, choices: int) -> int | None:
     """Which of the choices is right, where a list says of each whether it is (TruthfulQA: [1, 0, 0]); None of any other cell."""
     marks = list(value) if isinstance(value, list | tuple) else []
-    return marks.index(1) if len(marks) > 1 and all(mark in (0, 1) for mark in marks) and sum(marks) == 1 else None
+    return marks.index(1) if len(marks) == choices and all(mark in (0, 1) for mark in marks) and sum(marks) == 1 else None
 
 
 def alternatives(value: Any, where: str) -> list[Any]:

@@ -16,7 +16,7 @@ from emreason.types import AnswerKind, UserError
 # Names that the field's data sets use, the more telling first, without case, spaces and marks.
 QUESTION = ("question", "problem", "query", "questionstem", "questiontext", "prompt", "stem")
 ANSWER = (
-    "answernumber", "answer", "answerkey", "correctanswer", "correctoption", "correct", "gold", "target", "finalanswer", "expectedanswer",
+    "answer", "answerkey", "correctanswer", "correctoption", "correct", "gold", "target", "finalanswer", "expectedanswer",
     "groundtruth",
     "answeridx", "answerindex", "answers", "label", "cop", "solution",
 )  # fmt: skip
@@ -116,7 +116,8 @@ class Reading:
             UserError: it is no text.
         """
         value = lookup(row.record, self.answer)
-        found = [marked] if (marked := marked_one(value)) is not None else alternatives(value, row.where)
+        marked = marked_one(value, len(self.options(row))) if self.choices or self.fixed else None
+        found = alternatives(value, row.where) if marked is None else [marked]
         extra = alternatives(lookup(row.record, self.aliases), row.where) if self.aliases else []
         if not found or absent(found[0]):
             return []
@@ -157,6 +158,9 @@ def understand(rows: Sequence[Row], asked: Asked, source: str) -> Reading:
             choices = choices or tuple(f"{question[0]}.{key}" for key in _find(CHOICES, list(inside))[:1])
             question = (f"{question[0]}.{stem[0]}",)
     answer = named("answer", ANSWER, needed=True)[0]
+    if "answer" not in given and (named_number := _find(("answernumber",), usual)):  # MGSM, whose `answer` is a sentence or null
+        both = [(record.get(answer), record.get(named_number[0])) for record in records]
+        answer = named_number[0] if all(absent(words) or str(told) in str(words) for words, told in both) else answer
     if not choices and "answer" not in given and plain_name(answer) == "answers" and (index := _find(INDEX, usual)):
         choices, answer = (answer,), index[0]  # a list of answers and which of them is right
     aliases, identity = (

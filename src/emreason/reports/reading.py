@@ -249,7 +249,7 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
     """
     runs = [run for run in runs if run.config]
     keys = sorted({key for run in runs for key in run.config})
-    telling = [k for k in keys if not within(k, INCIDENTAL)]
+    telling = [k for k in keys if not within(k, INCIDENTAL) and k.split(".")[-1] not in ("dirpath", "save_dir")]
     telling = [k for k in telling if any(run.config.get(k) != run.seed for run in runs)]  # the seed, by whatever name
     values = {key: {run.folder: _shown(run, key) for run in runs} for key in telling}
     return {key: shown for key, shown in values.items() if len(set(shown.values())) > 1}

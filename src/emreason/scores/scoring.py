@@ -203,11 +203,11 @@ def token_logprobs(
     decoder, device = causal_lm.base_model, next(model.parameters()).device
     marks = marks or marks_of(input_ids, completion_mask)
     shared, (rows, at, targets) = marks.shared, (to(device, t) for t in (marks.rows, marks.at, marks.targets))
+    if not in_layers and can_pack_rows(causal_lm):
+        return head_logprobs(causal_lm, packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED), targets, chunk, temperature)
     prefix = DynamicCache(config=causal_lm.config)
     recurrent = any(hasattr(layer, "conv_states") for layer in prefix.layers)  # whose states cannot be given to several rows
-    if not in_layers and can_pack_rows(causal_lm):
-        states = packed_states(causal_lm, input_ids, completion_mask, MIN_SHARED)
-    elif in_layers or shared < MIN_SHARED or recurrent or causal_lm.is_gradient_checkpointing:
+    if in_layers or shared < MIN_SHARED or recurrent or causal_lm.is_gradient_checkpointing:
         hidden = decoder(input_ids=to(device, input_ids), use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1).index_select(0, at)
     else:  # rows that begin alike pass the layers once; gradients of all rows meet in the prefix's K/V

@@ -143,8 +143,11 @@ class Checkpoints(Checkpoint):
             UserError: a file is not a checkpoint.
         """
         done = iterations_in(self.last)
-        if self.next.exists() and iterations_in(self.next) == done and rank() == 0:
-            self.next.replace(self.best)
+        if rank() == 0 and self.next.exists():
+            if iterations_in(self.next) == done:
+                self.next.replace(self.best)
+            else:
+                self.next.unlink()
         iterations_in(self.best)  # it is read at the end: better told now
         return done
 

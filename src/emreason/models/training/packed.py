@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from emreason.models.families import Facts, Layer, agrees, final_logits, read_facts
+from emreason.models.families import Facts, Layer, agrees, own_logits, read_facts
 from emreason.models.training.products import product
 
 
@@ -27,11 +27,11 @@ def can_pack_rows(causal_lm: Any) -> bool:
     return read_facts(causal_lm) is not None and agrees(causal_lm, _logits)
 
 
-def _logits(causal_lm: Any, facts: Facts, ids: list[int]) -> Tensor:
+def _logits(causal_lm: Any, facts: Facts, ids: list[int]) -> Tensor:  # noqa: ARG001
     """For `agrees`."""
     marked = torch.ones(1, len(ids) + 1, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
     states = packed_states(causal_lm, torch.tensor([[*ids, 0]]), marked, 1)
-    return final_logits(causal_lm.config, facts.head(states))
+    return own_logits(causal_lm, states)
 
 
 @dataclass(frozen=True)

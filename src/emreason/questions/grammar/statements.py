@@ -55,7 +55,7 @@ _COLON = re.compile(r"[*_\"'`)\]]{0,4}[ \t]{0,8}(?:is[ \t]{0,4})?[*_]{0,3}:")
 _IS = re.compile(
     r"(?:\s{1,3}(?:to|for) (?:this|the|that|your) (?:question|problem))?[*_\"'`]{0,4}\s{1,4}"
     r"(?P<verb>isn't|is not|is|was not|wasn't|cannot be|can't be|can not be|"
-    r"(?P<claimed>(?:must|should|would|will|has to|ought to) be))(?![^\W_])"
+    r"(?P<claimed>(?:must|should|has to|ought to) be))(?![^\W_])"
     r"(?:\s{1,3}(?:indeed|therefore|thus|hence|clearly|simply|definitely|certainly|actually|obviously|then)\b,?)?[*_\"'`]{0,3}[ \t]{0,4}:?"
 )
 _SENTENCE_END = re.compile(r"[.!?。！？]['\")*_`\]]{0,4}[ \t]{0,8}['\"*_`(]{0,4}$")
@@ -138,9 +138,13 @@ def _box(text: str, plain: str, cue: re.Match[str]) -> Statement | None:
         pass
     if worded is not None and worded[0].isalpha():
         after = _COLON.match(plain, worded.end()) or _IS.match(plain, worded.end())
-        if after is not None and not any(c.isalnum() for c in plain[after.end() : cue.start()].replace("option", "")):
+        if (
+            after is not None
+            and not after.groupdict().get("claimed")
+            and not any(c.isalnum() for c in plain[after.end() : cue.start()].replace("option", ""))
+        ):
             whose = _worded(text, plain, worded)  # the box dresses the value of this cue
-            return None if whose is None else replace(box, form="box" if whose.form == "claim" else whose.form, start=whose.start)
+            return None if whose is None else replace(box, form=whose.form, start=whose.start)
     return replace(box, form="denial") if _BOX_DENIED.search(line[-60:]) else box
 
 
