@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,9 @@ def merged(model: Any) -> Any:
             weight = module.get_base_layer().weight
             weight.copy_(effective_weight(module, weight.dtype))
             module.merged_adapters += active_adapters(module)
-    return model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every layer: "already merged"
+        return model.merge_and_unload()
 
 
 def weights_fingerprint(model: nn.Module) -> str:
