@@ -20,7 +20,7 @@ import emreason
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.prompts import Prompts, PromptTemplate
 from emreason.runs.journal import Journal
-from emreason.tracking.leaving import CHATS
+from emreason.tracking.leaving import CHATS, push
 from emreason.types import UserError
 
 
@@ -195,3 +195,15 @@ def test_trl_trains_on_the_chats_as_they_are(tmp_path):
     done = subprocess.run([python, REPO / "tests/trl_sft.py", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"trained on {len(lines)}" in done.stdout
+
+
+def test_a_hub_that_fails_in_whatever_way_is_one_sentence(tmp_path, monkeypatch):
+    class OfAnotherClient(Exception):
+        pass
+
+    def create_repo(*_, **__):
+        raise OfAnotherClient("Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    with pytest.raises(UserError, match="hub.push=me/x: Connection refused; the run is finished, and the same command"):
+        push(tmp_path, "me/x", private=True)

@@ -106,7 +106,9 @@ def test_a_finished_run_is_not_repeated_and_another_config_is_refused(finished, 
     assert "overwrite=true" in refused.stderr
     assert "Traceback" not in refused.stderr
     before = (folder / "summary.json").stat().st_mtime_ns
+    (folder / "evaluation_test.json").write_text("{}")  # of the model that goes
     smoke(folder, "overwrite=true")
+    assert not (folder / "evaluation_test.json").exists()
     assert (folder / "summary.json").stat().st_mtime_ns > before
     assert_same(learned(folder), learned(finished))  # and the same command gives the same result
 

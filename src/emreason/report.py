@@ -66,7 +66,7 @@ def _watch(paths: Sequence[Path], out: Path) -> None:
 
 def _common_parent(paths: Sequence[str]) -> Path:
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))  # noqa: PTH100  (symlinks stay as typed)
-    return common if common.is_dir() else common.parent
+    return common.parent if common.is_file() else common  # a sweep that is yet to begin is a folder
 
 
 if __name__ == "__main__":

@@ -246,6 +246,8 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "config.yaml", CHATS, RUN_ID, MLFLOW_ID):
         (folder / name).unlink(missing_ok=True)
+    for evaluation in folder.glob("evaluation_*.json"):  # of the model that goes
+        evaluation.unlink()
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from emreason.report import main
+from emreason.report import _common_parent, main
 from emreason.reports.comparison import compare
 from emreason.reports.difficulty import acceptance_by_difficulty
 from emreason.reports.figures import palette
@@ -733,3 +733,10 @@ def test_the_page_as_a_browser_lays_it_out(tmp_path):
         browser.close()
     assert not problems
     assert (tmp_path / "report.png").stat().st_size > 50_000
+
+
+def test_a_report_of_a_sweep_that_is_yet_to_begin_lies_in_its_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").write_text("")
+    assert _common_parent([str(tmp_path / "notyet")]) == tmp_path / "notyet"
+    assert _common_parent([str(tmp_path / "file")]) == _common_parent([str(tmp_path / "run"), str(tmp_path / "notyet")]) == tmp_path

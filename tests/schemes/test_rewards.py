@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from conftest import numbers
+from conftest import ScriptedEngine, numbers
 from hydra.utils import instantiate
 from test_config import compose_config
 from test_samplers import RIGHT, run, scheme
 
 from emreason.questions.datasets import explain_sum
 from emreason.schemes import rewards
+from emreason.schemes.samplers import Scheme, sample
 from emreason.types import Question, UserError
 
 SUM = Question("q", "What is 3 + 5 + 9?", "17", "number")
@@ -93,3 +95,17 @@ def test_the_further_schemes():
 def test_an_unknown_reward_is_refused_by_name(name):
     with pytest.raises(UserError, match=r"sampler\.reward"):
         scheme("rs", reward=name)
+
+
+def nothing(text, answer, question):  # noqa: ARG001
+    """As a function does that returns only where the answer is right."""
+    return np.True_ if answer == question.answer else None
+
+
+def test_what_a_reward_of_ones_own_returns_is_true_or_false(prompts, tokenizer):
+    questions = numbers(2)
+    mine = Scheme("rs", "RS-1", 1, {"question": 1}, reward=f"{__name__}.nothing")
+    engine = ScriptedEngine(tokenizer, lambda _: "so\nAnswer: 0")
+    drawn = sample(questions, mine, engine, prompts, tokenizer, seed=1, iteration=0)
+    assert sorted((r.question_id, r.accepted) for r in drawn) == [("q000", True), ("q001", False)]
+    assert all(type(r.accepted) is bool for r in drawn)

@@ -67,6 +67,8 @@ _DEVICES = Allowed(
 ALLOWED = {
     "seed": whole(0, 2**32 - 1),
     "overwrite": FLAG,
+    "model.load.trust_remote_code": FLAG,
+    "dataset.load.skip_unusable": FLAG,
     "quiet": FLAG,
     "plan": FLAG,
     "keep_checkpoints": FLAG,

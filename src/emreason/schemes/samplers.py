@@ -269,7 +269,8 @@ def judge(
     text = said(completion.token_ids, completion.request.prompt_ids, tokenizer)
     answer = extract(text, question)
     whole = completion.finish_reason in ("stop", "answer")
-    accepted = whole and pkgutil.resolve_name(scheme.reward)(text, answer, question) and not (scheme.reject_trivial and is_trivial(text))
+    right = whole and bool(pkgutil.resolve_name(scheme.reward)(text, answer, question))  # it may say None, or numpy's True
+    accepted = right and not (scheme.reject_trivial and is_trivial(text))
     return Rationale(
         question_id=question.id,
         iteration=iteration,
