@@ -205,5 +205,5 @@ def test_a_hub_that_fails_in_whatever_way_is_one_sentence(tmp_path, monkeypatch)
         raise OfAnotherClient("Connection refused")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
-    with pytest.raises(UserError, match="hub.push=me/x: Connection refused; the run is finished, and the same command"):
+    with pytest.raises(UserError, match=r"hub\.push=me/x: Connection refused; the run is finished, and the same command"):
         push(tmp_path, "me/x", private=True)
