@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
     "sums of one term": smoke("dataset.load.terms=1", words=["dataset.load.terms", "at least 2"]),
     "unknown split of the baseline": smoke("evaluation.baseline=[tset]", words=["evaluation.baseline", "test"]),
     "hint without the answer": smoke("dataset.prompt.hint=Think", words=["dataset.prompt.hint", "{answer}"]),
-    "more examples for the baseline than there are": smoke("evaluation.few_shot=8", words=["evaluation.few_shot=8", "dataset.demonstrations"]),
+    "few-shot baseline of too many": smoke("evaluation.few_shot=8", words=["evaluation.few_shot=8", "dataset.demonstrations"]),
     "no for false": smoke("+model.load.trust_remote_code=no", words=["model.load.trust_remote_code=no", "true, false"]),
     "flag that is a word": smoke("overwrite=maybe", words=["overwrite=maybe", "true, false"]),
     "LoRA of rank 0": smoke("peft=lora", "peft.add.r=0", words=["peft.add.r=0", "at least 1"]),
