@@ -1081,6 +1081,20 @@ FAULTS = [
         "test_evaluate.py::test_a_runs_evaluation_does_what_the_overrides_say",
     ),
     fault(
+        "evaluation: results of other settings are replaced",
+        "evaluate.py",
+        "if not before or before == asked:",
+        "if True:",
+        "runs/test_config.py::test_results_of_one_run_do_not_replace_each_other",
+    ),
+    fault(
+        "resume: on whatever the data is now",
+        "runs/experiment.py",
+        "if before.get(split) != now[split]",
+        "if split not in now",
+        "test_token_budget.py::test_other_data_under_a_begun_run_is_refused",
+    ),
+    fault(
         "answers: a list of choices is its first",
         "questions/answers.py",
         "    return any(ends.match(rest[len(other) :]) for other in others if _begins(rest, other))",
@@ -1523,8 +1537,8 @@ FAULTS = [
     fault(
         "report: runs of other settings are averaged as seeds",
         "reports/reading.py",
-        "if variant else run.scheme))",
-        "if False else run.scheme))",
+        "if variant else run.scheme, variant",
+        "if False else run.scheme, variant",
         "reports/test_report.py::test_different_configs_are_not_averaged_as_seeds",
     ),
     fault(

@@ -47,6 +47,31 @@ def test_a_run_that_a_callback_has_ended_stays_finished(tmp_path):
     assert (again["status"], again["iterations"]) == ("finished", first["iterations"])
 
 
+def test_a_metric_that_nothing_logs_may_be_mended(tmp_path):
+    early = ["callbacks=early_stopping", "trainer.max_epochs=2", "callbacks.early_stopping.patience=1"]
+    with pytest.raises(UserError, match=r"nothing logs the metric.* validation/accuracy"):
+        train(config(*early, "callbacks.early_stopping.monitor=val_acc"), tmp_path)
+    assert len(train(config(*early), tmp_path)["iterations"]) == 2
+    with pytest.raises(UserError, match="patience"):
+        train(config(*early, "callbacks.early_stopping.patience=2", "trainer.max_epochs=3"), tmp_path)
+
+
+def test_other_data_under_a_begun_run_is_refused(tmp_path, monkeypatch):
+    """A file that has changed between two calls would mix what was learned from with what is tested on."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"question": f"What is {a} + {b}?", "answer": str(a + b)}) for a in range(5) for b in range(5)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    given = ["dataset=file", "dataset.path=mine.jsonl", "evaluation.few_shot=0", "sampler.worked_examples=0"]
+    first = train(config(*given, "trainer.max_epochs=1"), tmp_path / "run")
+    assert first["data"].keys() == {"train", "validation", "test"}
+    more = config(*given, "trainer.max_epochs=2")
+    (tmp_path / "mine.jsonl").write_text("\n".join([*rows[:-1], '{"question": "What is 9 + 9?", "answer": "18"}']))
+    with pytest.raises(UserError, match=r"data of this run .* has changed since it began"):
+        train(more, tmp_path / "run")
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    assert len(train(more, tmp_path / "run")["iterations"]) == 2
+
+
 def test_a_bad_budget_is_refused(tmp_path):
     with pytest.raises(UserError, match="token_budget"):
         train(config("token_budget=0"), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from emreason.runs import help
 from emreason.runs.console import report_errors
 from emreason.runs.experiment import CONF, Experiment, build, compose, load_libraries, read_config
 from emreason.runs.journal import write_json
+from emreason.runs.keys import MAY_CHANGE, flatten, within
+from emreason.runs.summary import read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Request, UserError, plain
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Evaluate as `conf/evaluate.yaml` says; writes `result_file(cfg)` into `folder` and returns its content.
+    """Evaluate as `conf/evaluate.yaml` says; writes `result_file(cfg, folder)` and returns its content.
 
     Raises:
         UserError: a value is not allowed, or data or model cannot be loaded.
@@ -50,7 +53,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     experiment.model.requires_grad_(False)
     parts = (experiment.engine, experiment.prompts, experiment.tokenizer)
     questions = experiment.dataset.questions(cfg.split)
-    watch = Stopwatch()
+    watch, written = Stopwatch(), result_file(cfg, folder)
     result: dict[str, Any] = {"dataset": cfg.dataset.name, "model": cfg.model.name, "split": cfg.split, "method": cfg.method}
     if cfg.method == "loglikelihood":
         choices = letter_logprobs(experiment, questions, cfg.examples)
@@ -62,24 +65,40 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
         result |= score(predictions, watch.seconds)
         if cfg.predictions:
-            write_predictions(folder, result_file(cfg).removesuffix(".json"), predictions)
-        if cfg.samples:
-            result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
+            write_predictions(folder, written.stem, predictions)
+    if cfg.samples:
+        result |= sampled(experiment, questions, scheme, k=cfg.samples, n_examples=cfg.examples, seed=cfg.seed)
     if cfg.bound:
         limits = {"k": cfg.bound, "max_new_tokens": scheme.max_new_tokens, "seed": cfg.seed, "n_examples": cfg.examples}
         label = f"Evaluation, {cfg.bound} draws"
         score_given = functools.partial(completion_logprobs, experiment.model, label=f"{label}, scoring")
         result |= summarize(marginal_bounds(questions, *parts, score_given, **limits, label=label))
-    result["seconds"] = watch.seconds
-    write_json(folder / result_file(cfg), result)
+    result |= {"seconds": watch.seconds, "config": OmegaConf.to_container(cfg, resolve=True)}
+    write_json(written, result)
     return result
 
 
-def result_file(cfg: DictConfig) -> str:
-    """`evaluation_<split>.json`; the dataset, where it is not the run's own, and the method tell other results apart from these."""
+def result_file(cfg: DictConfig, folder: Path) -> Path:
+    """`folder/evaluation_<split>.json`; the dataset, where it is not the run's own, and the method stand in the name, too.
+
+    Where a result of other settings (its `config`) lies there, the name gets a number: `evaluation_<split>-2.json`.
+    """
     own = cfg.run is None or read_config(Path(cfg.run) / "config.yaml").dataset.name == cfg.dataset.name
     parts = [cfg.split, *([] if own else [cfg.dataset.name]), *(["loglikelihood"] if cfg.method == "loglikelihood" else [])]
-    return f"evaluation_{'_'.join(parts)}.json"
+    name, asked = f"evaluation_{'_'.join(parts)}", _settings(OmegaConf.to_container(cfg, resolve=True))
+    for number in itertools.count(1):
+        path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+        before = _settings(read_summary(folder, path.name).get("config"))
+        if not before or before == asked:
+            break
+    return path
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a result depends on, key by key."""
+    config = config or {}
+    aside = (*MAY_CHANGE, "predictions", *(("run", "model.load", "peft") if config.get("run") else ()))
+    return {key: value for key, value in flatten(config).items() if not within(key, aside)} if config else {}
 
 
 def sampled(
@@ -228,7 +247,7 @@ def _task(cfg: DictConfig) -> float:
     table.add_row("n", str(result["n"]))
     table.add_row("95 % interval of accuracy", "{:.3f} – {:.3f}".format(*result["ci95"]))
     Console().print(table)
-    print(f"Written: {folder / result_file(cfg)}")
+    print(f"Written: {result_file(cfg, folder)}")
     return float(result["accuracy"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"emreason-report: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command begins again.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     print("Written:", *(f"  {path}" for path in written), sep="\n")
 
 

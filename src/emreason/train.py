@@ -25,9 +25,9 @@ from emreason.progress import console, doing, rank
 from emreason.reports.sweep import run_job
 from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
-from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, compose, identity, read
+from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, check_same_data, compose, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic, write_json
-from emreason.runs.summary import Summary, best_iteration, iterations_wanted, nothing_left, read_summary
+from emreason.runs.summary import Summary, begun, best_iteration, iterations_wanted, nothing_left, read_summary
 from emreason.types import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
         UserError: the run was begun under another config.
     """
     before = read_summary(folder)
-    if before.get("baseline") is not None or (folder / "rationales").exists():  # before that, there is nothing to protect
+    if begun(folder, before):
         check_same_config(folder, settings.text)
     return before if nothing_left(before, settings.max_epochs, settings.token_budget) else None
 
@@ -126,7 +126,8 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     experiment: Experiment | None = None
     try:
         experiment = settings.build(summary.values["dtype"])
-        summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap())
+        check_same_data(summary.values["data"] if begun(folder, summary.values) else None, data := experiment.dataset.fingerprint())
+        summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap(), data=data)
         with doing(f"Run in {folder}", at_once=False):  # what no bar covers is heard as this
             _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -136,6 +137,9 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
         summary.update(status="failed", error=one_sentence(error) or type(error).__name__)
         if isinstance(error, FloatingPointError):
             raise UserError(f"{error}; in a new run (tag=…) lower optimizer.lr, or use engine.dtype=float32.") from error
+        if re.match("Early stopping conditioned on metric", str(error)):
+            known = ", ".join(re.findall("`([a-z_]+/[^`]+)`", str(error)))
+            raise UserError(f"callbacks: nothing logs the metric that early stopping monitors; it may be one of {known}.") from error
         if re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -119,6 +120,35 @@ def test_what_the_real_data_is(real):
         "openbookqa": {"train_test": 23, "train_validation": 12, "examples_test": 0},
         "mmlu": {"train_test": 36, "train_validation": 1, "examples_test": 0},
     }
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ({"id": "1", "text": "Which?", "answer": "A"}, "list of emreason.Question, not of dict"),
+        (Question(1, "Which?", "A", "text"), "question 1: its id must be a string, not 1"),
+        (Question("q", None, "A", "text"), "question 'q': its text must be a string"),
+        (Question("q", "Which?", 4, "number"), "its answer must be a string, not 4"),
+        (Question("q", "Which?", "A", "mc", ("a", "b")), "its kind must be choice, number, text, not 'mc'"),
+        (Question("q", "Which?", "A", "choice", ["a", "b"]), "its choices must be a tuple of strings"),
+        (Question("q", "Which?", "A", "choice", (1, 2)), "its choices must be a tuple of strings"),
+    ],
+)
+def test_a_loader_of_ones_own_is_held_to_the_types(question, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        Dataset("mine", lambda _: iter([question]), TEMPLATE).questions("train")
+
+
+def test_the_fingerprint_is_of_what_is_asked():
+    def of(limit, *answers):
+        questions = [Question(f"q{n}", f"Question {n}?", answer, "text", verify=str.isalpha) for n, answer in enumerate(answers)]
+        return Dataset("mine", lambda _: questions, TEMPLATE, limit={"train": limit}).fingerprint()
+
+    before = of(2, "a", "b", "c")
+    assert of(2, "a", "b", "c") == before  # functions among them
+    changed = of(2, "x", "y", "z")
+    assert all(changed[split] != before[split] for split in SPLITS)
+    assert of(1, "a", "b", "c")["test"] == before["test"]
 
 
 def test_overlap_is_counted_and_dropped():

@@ -388,7 +388,10 @@ def test_different_configs_are_not_averaged_as_seeds(tmp_path):
     assert {cell.scheme: cell.seeds for cell in compare(runs).cells if not cell.baseline} == {"RS-4 · tag=—": 2, "RS-4 · tag=hot": 1}
     assert list(differing_keys(runs)) == ["tag"]  # seeds and folders explain nothing
     write_run(tmp_path / "c/seed=1", seed=1, config="trainer:\n  a_long_key_that_nobody_reads: with a long value\n")
-    assert {run.label for run in collect([tmp_path])} == {"RS-4 · config 1", "RS-4 · config 2", "RS-4 · config 3"}
+    runs = collect(str(tmp_path))
+    assert {run.label for run in runs} == {"RS-4 · config 1", "RS-4 · config 2", "RS-4 · config 3"}
+    note = "RS-4 · config 1 on sums with smollm2_135m: tag=hot, trainer.a_long_key_that_nobody_reads=—."
+    assert [each for each in compare(runs).notes if "config 1 on" in each and "tag" in each] == [note]
 
 
 def test_seeds_are_told_from_settings_that_happen_to_equal_a_seed(tmp_path):

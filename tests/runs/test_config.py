@@ -25,6 +25,7 @@ from emreason.evaluate import result_file
 from emreason.runs import experiment
 from emreason.runs.checks import check_values, quoted
 from emreason.runs.experiment import CONF, check_same_config, read
+from emreason.runs.journal import write_json
 from emreason.runs.keys import EVALUATION_KEYS, INSTEAD, SECTIONS, TRAIN_KEYS, TRAINER_KEYS, check_keys, flatten
 from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
@@ -282,9 +283,19 @@ def test_the_evaluation_config_composes():
 def test_results_of_one_run_do_not_replace_each_other(tmp_path):
     (tmp_path / "config.yaml").write_text("dataset: {name: sums}\n")
     asked = [[], ["split=validation"], ["method=loglikelihood"], ["dataset=arc_easy"], ["dataset=arc_easy", "method=loglikelihood"]]
-    names = [result_file(compose_config(f"run={tmp_path}", *overrides, name="evaluate")) for overrides in asked]
-    assert names[0] == "evaluation_test.json"
-    assert len(set(names)) == len(asked)
+    asked += [["sampler.max_new_tokens=9"], ["dataset.limit.test=5"], ["examples=2"], ["samples=8"], ["samples=8", "seed=2"]]
+    configs = [experiment.compose([f"run={tmp_path}", *overrides], "evaluate")[0] for overrides in asked]
+    files = []
+    for cfg in configs:
+        files.append(result_file(cfg, tmp_path))
+        assert not files[-1].exists()
+        write_json(files[-1], {"accuracy": 0.5, "config": OmegaConf.to_container(cfg, resolve=True)})
+    assert files[0].name == "evaluation_test.json"
+    assert files[-1].name == "evaluation_test-6.json"
+    assert [result_file(cfg, tmp_path) for cfg in configs] == files  # the same again replaces its own
+    assert result_file(experiment.compose([f"run={tmp_path}", "data_root=/moved"], "evaluate")[0], tmp_path) == files[0]
+    (tmp_path / "evaluation_train.json").write_text('{"accuracy": 1.0}')  # of an earlier version, which did not say
+    assert result_file(experiment.compose([f"run={tmp_path}", "split=train"], "evaluate")[0], tmp_path).name == "evaluation_train.json"
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
 from emreason.questions.grammar.statements import Statement, may_state, statements
 from emreason.questions.grammar.thinking import said
 from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
-from emreason.types import Question, UserError
+from emreason.types import AnswerKind, Question, UserError
 
 TAIL = 64
 """Tokens at the end of a completion that are looked at first."""
@@ -101,6 +101,21 @@ def statement_start(text: str) -> int | None:
         if statement.form not in ("denial", "claim") and (statement.form != "heading" or _is_answer_heading(text, statement)):
             return statement.start
     return None
+
+
+def check_types(question: Any, where: str) -> None:
+    """Raise a `UserError` that begins with `where` unless this is a `Question` of the types that it declares: loaders may be anybody's."""
+    if not isinstance(question, Question):
+        raise UserError(f"{where}: its loader must return a list of emreason.Question, not of {type(question).__name__}.")
+    where = f"{where}, question {question.id!r}"
+    for name in ("id", "text", "answer"):
+        if not isinstance(value := getattr(question, name), str):
+            raise UserError(f"{where}: its {name} must be a string, not {value!r}.")
+    if question.kind not in get_args(AnswerKind):
+        raise UserError(f"{where}: its kind must be {', '.join(get_args(AnswerKind))}, not {question.kind!r}.")
+    for name in ("choices", "aliases"):
+        if not isinstance(value := getattr(question, name), tuple) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{where}: its {name} must be a tuple of strings, not {value!r}.")
 
 
 def check(question: Question, where: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from emreason.questions.answers import check, gold_text
+from emreason.questions.answers import check, check_types, gold_text
 from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
@@ -78,6 +78,11 @@ class Dataset:
         """The worked examples; their questions are not in `questions("train")`."""
         return [self._example(number, example) for number, example in enumerate(self.demonstrations)]
 
+    def fingerprint(self) -> dict[Split, str]:
+        """16 hexadecimal digits of each split's questions: other digits, other data."""
+        shown = {split: [(q.id, q.text, q.answer, q.choices, q.aliases) for q in self.questions(split)] for split in SPLITS}
+        return {split: rank(repr(questions))[:16] for split, questions in shown.items()}
+
     def overlap(self) -> dict[str, int]:
         """Contamination: question texts that two whole splits share, and worked examples whose text is in the test split."""
         train, test = self._texts("train"), self._texts("test")
@@ -91,14 +96,18 @@ class Dataset:
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
             try:
-                questions = [self._answered(question) for question in self.load(split) if self._short_enough(question)]
+                loaded = list(self.load(split))
             except KeyError as error:
                 raise UserError(
                     f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
                 ) from error
+            where = f"dataset {self.name}, {split} split"
+            for question in loaded:
+                check_types(question, where)
+            questions = [self._answered(question) for question in loaded if self._short_enough(question)]
             seen: set[str] = set()
             for question in questions:
-                check(question, f"dataset {self.name}, {split} split, question {question.id!r}")
+                check(question, f"{where}, question {question.id!r}")
                 if question.id in seen:
                     raise UserError(
                         f"dataset {self.name}: two questions of the {split} split have the id {question.id!r}; ids must differ."
@@ -140,6 +149,8 @@ class Dataset:
         if isinstance(example, Demonstration):
             return example
         where = f"dataset.demonstrations[{number}]"
+        if not isinstance(example, Mapping):
+            raise UserError(f"{where} must be {{question, answer, rationale}} or {{id, rationale}}, not {example!r}.")
         if not str(example.get("rationale") or "").strip():
             raise UserError(f"{where} needs a `rationale`.")
         if "id" in example:

@@ -64,7 +64,7 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """Count the finished runs, compare their schemes pairwise, and name everything that was left out."""
     counted, notes = _countable(runs)
-    notes += _gaps(runs, counted) + _single_seeds(counted)
+    notes += _numbered(runs) + _gaps(runs, counted) + _single_seeds(counted)
     pairs, pair_notes = _pairs(counted)
     cells = [cell for group in by_place(runs) for cell in _cells(group, counted, pairs)]
     return Comparison(cells, pairs, notes + pair_notes, counted)
@@ -83,6 +83,12 @@ def _countable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         else:
             counted[key] = run
     return list(counted.values()), notes
+
+
+def _numbered(runs: Sequence[Run]) -> list[str]:
+    """The settings that stand as a number in a label."""
+    long = [run for run in runs if run.variant and run.variant not in run.label]
+    return list(dict.fromkeys(f"{run.label} on {run.dataset} with {run.model}: {run.variant}." for run in long))
 
 
 def _gaps(runs: Sequence[Run], counted: Sequence[Run]) -> list[str]:

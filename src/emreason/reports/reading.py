@@ -18,7 +18,8 @@ from emreason.runs.summary import scalars
 from emreason.types import UserError
 
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
-INCIDENTAL = set(MAY_CHANGE) - {"trainer", "token_budget", "peft.merge"}
+_TELLING = {"trainer", "token_budget", "peft.merge", "callbacks.early_stopping.monitor", "callbacks.early_stopping.mode"}
+INCIDENTAL = set(MAY_CHANGE) - _TELLING
 """Config keys that may differ between two runs of one experiment."""
 # diagnostic -> the part of an iteration's record that holds it
 DIAGNOSTICS = {
@@ -71,8 +72,9 @@ class Run:
     """One run folder. `problem` is a sentence where the run cannot count as a finished result, else None.
 
     `status` is that of summary.json, or `missing` (no summary yet) or `unreadable`. `label` is the scheme as it is shown:
-    its name, with the config keys that set it apart where runs of one scheme differ. `config` is flat: dotted key → value. `base`: the base
-    model's validation, by the names of `Iteration.numbers`. `tested`: index of the iteration whose model `test` is of.
+    its name, with the config keys that set it apart where runs of one scheme differ (`variant`: those keys, however many). `config` is
+    flat: dotted key → value. `base`: the base model's validation, by the names of `Iteration.numbers`. `tested`: index of the iteration
+    whose model `test` is of.
     """
 
     folder: Path
@@ -84,6 +86,7 @@ class Run:
     status: str = "missing"
     problem: str | None = None
     label: str = "?"
+    variant: str = ""
     zero_shot: Score | None = None
     few_shot: Score | None = None
     start: Score | None = None
@@ -117,13 +120,14 @@ class Run:
         return SCHEME_ORDER.get(self.sampler, len(SCHEME_ORDER)), self.label
 
 
-def collect(paths: Sequence[str | Path]) -> list[Run]:
-    """Every run folder at or below `paths`, each once, sorted by dataset, model, scheme and seed.
+def collect(paths: str | Path | Sequence[str | Path]) -> list[Run]:
+    """Every run folder at or below `paths`, one or several, each once, sorted by dataset, model, scheme and seed.
 
     Raises UserError where a path does not exist or nothing below the paths is a run folder. A torn or foreign
     summary.json is no error: it comes back as a Run whose `problem` says what is wrong with it.
     """
     folders: dict[Path, None] = {}
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path} does not exist; give run folders or a folder above them, such as outputs/.")
@@ -276,9 +280,9 @@ def label_variants(runs: Sequence[Run]) -> list[Run]:
         shown = {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in keys.items() if run.folder in v) for run in group}
         numbers = {text: n for n, text in enumerate(sorted(set(shown.values())), 1)}
         for run in group:
-            # Long variants get a number; the report's table of differences spells them out.
+            # Long variants get a number; the notes and the report's table of differences spell them out.
             variant = shown[run.folder] if len(shown[run.folder]) <= 40 else f"config {numbers[shown[run.folder]]}"
-            labelled.append(replace(run, label=f"{run.scheme} · {variant}" if variant else run.scheme))
+            labelled.append(replace(run, label=f"{run.scheme} · {variant}" if variant else run.scheme, variant=shown[run.folder]))
     return sorted(labelled, key=lambda r: (r.dataset, r.model, r.order, str(r.seed).zfill(9), str(r.folder)))
 
 

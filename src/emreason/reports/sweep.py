@@ -134,11 +134,18 @@ class SweepTable(Callback):
         """Begin the list of jobs.
 
         Raises:
-            SystemExit: there is a secret in the config, a plan is asked for, or torchrun or srun has started this sweep once per rank.
+            SystemExit: there is a secret in the config, a plan is asked for, all jobs would upload to one place of the Hub, or torchrun or
+                srun has started this sweep once per rank.
         """
         refuse_secrets(config)
         if config.get("plan"):
             raise SystemExit("error: plan=true tells what one run does; leave -m and lists of values out.")
+        hub: Any = OmegaConf.to_container(config.get("hub") or OmegaConf.create())  # as written
+        if (to := hub.get("push")) and "${" not in to:
+            raise SystemExit(
+                f"error: hub.push={to}: every job would upload to it, over the one before; give each its own: "
+                f"'hub.push={to}-${{sampler.name}}-${{seed}}'."
+            )
         if (started := ranks_started() or 1) > 1:
             raise SystemExit(
                 f"error: {started} processes were started, and each would begin the whole sweep. Start it without torchrun or srun: each "

@@ -120,7 +120,11 @@ ALLOWED = {
     "model.load.quantization": one_of("nf4", "int8", None),
     "engine.max_batch": whole(1),
     "engine.dtype": one_of("auto", "float32", "bfloat16"),
+    "engine.cuda_graphs": FLAG,
+    "logger.wandb.offline": or_null(FLAG),
+    "logger.wandb.artifacts": FLAG,
     "optimizer.lr": number(0),
+    "optimizer.fused": or_null(FLAG),
     "optimizer.weight_decay": number(0),
     "optimizer.betas": _BETAS,
     "peft.add.r": whole(1),
@@ -165,6 +169,10 @@ def check_plain(cfg: DictConfig) -> None:
     if missing:
         raise UserError(f"{missing[0]} must be given: {missing[0]}=…")
     check_config_for_secrets(cfg)
+    for key in ("model", "dataset", "dataset.limit", "sampler", "engine", "peft", "trainer", "m_step", "evaluation", "optimizer", "hub"):
+        node = OmegaConf.select(cfg, key, default=_ABSENT)
+        if node is not _ABSENT and not OmegaConf.is_dict(node):
+            raise UserError(f"{key}={'null' if node is None else node}: these are several keys, {key}.…=…; see `emreason --cfg job`.")
     for key, allowed in ALLOWED.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not allowed.holds(value):
@@ -238,6 +246,8 @@ _PATHS = re.compile(
     r"\+{0,2}(dataset\.path|dataset\.load\.(train|validation|test|path)|data_root|model\.load\.path|run|hydra\.(run|sweep)\.dir)"
 )
 
+_GROUPS = {"model", "dataset", "sampler", "engine", "peft", "optimizer", "trainer", "logger", "callbacks", "experiment"}
+
 _COLUMNS = re.compile(r"dataset\.columns\.\w+")
 
 
@@ -267,11 +277,14 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Check a command line before Hydra reads it, and saves it in `.hydra/`.
 
     Raises:
-        UserError: an override without a key, or of a secret.
+        UserError: an override without a key, of a whole group by null, or of a secret.
     """
     for argument in arguments:
-        if argument.startswith("="):
+        key, _, value = argument.partition("=")
+        if not key:
             raise UserError(f"{argument}: an override is KEY=VALUE.")
+        if value == "null" and key in _GROUPS:  # of which Hydra makes a traceback
+            raise UserError(f"{argument}: a group takes one of its options by name; `emreason --help` lists them.")
     check_no_secret(argument.partition("=")[0].lstrip("+~") for argument in arguments)
 
 

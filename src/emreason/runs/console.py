@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def report_errors(task: Callable[[], Any], again: str = "goes on where it stoppe
         sys.path.append(here)  # what a `_target_` names may stand beside the configs; behind all else, which it must not hide
     with stop_on_signals() as stop:
         try:
-            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+            # Hydra's parser wants -m before all overrides, or behind them
+            sys.argv[1:] = sorted(map(quoted, sys.argv[1:]), key=lambda argument: argument not in ("-m", "--multirun"))
             check_arguments(sys.argv[1:])
             task()
         except EXPECTED as error:
@@ -64,6 +66,8 @@ def one_sentence(error: BaseException) -> str:
             break
         cause = cause.__cause__
     text = text.partition("Config search path:")[0]  # where Hydra looked is no help
+    if plugin := re.search(r"Could not load '(hydra/(?:launcher|sweeper)/(submitit|joblib|ray|optuna))", text):
+        text = f"{plugin[1]}: the package that brings it is not installed: pip install 'emreason[{plugin[2]}]'."
     if text.startswith("Could not override"):
         text = f"{text}, or see every key there is: emreason --cfg job"
     return plain(" ".join(text.split()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from emreason.runs.console import quiet
 from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
-from emreason.types import Engine, UserError
+from emreason.types import Engine, Split, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -92,11 +92,13 @@ def compose(overrides: Sequence[str], name: str = "train", config_dir: str | Pat
         config_dir: a folder with configs of one's own, as `--config-dir`.
 
     Raises:
-        UserError, HydraException: an override cannot be read, or is of a secret.
+        UserError, HydraException: an override cannot be read, or is of a secret; or there is no such folder.
     """
     check_arguments(overrides)
     given = [quoted(override) for override in overrides]
     if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"config_dir={config_dir}: there is no such folder.")
         given.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
     around = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -306,6 +308,22 @@ def check_same_config(folder: Path, config: str) -> None:
         raise UserError(
             f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
             "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
+        )
+
+
+def check_same_data(before: Mapping[Split, str] | None, now: Mapping[Split, str]) -> None:
+    """Refuse to continue a run on other questions than it was begun with: splits would mix.
+
+    Args:
+        before, now: as `Dataset.fingerprint`; None where the run has not begun.
+
+    Raises:
+        UserError: names the splits.
+    """
+    if before is not None and (changed := [split for split in now if before.get(split) != now[split]]):
+        raise UserError(
+            f"The data of this run ({', '.join(changed)}) has changed since it began; restore it, begin again with overwrite=true, or "
+            "choose another tag=…."
         )
 
 

@@ -25,35 +25,36 @@ GROUPS = {
 }
 
 TRAIN = """\
-emreason: a language model learns to reason from questions and answers alone, by expectation maximization.
-The E-step samples rationales and keeps those that lead to the right answer; the M-step trains on them (arXiv:2512.20169).
+emreason: a language model learns to reason from questions and answers alone, by
+expectation maximization (arXiv:2512.20169).
 
-  emreason experiment=smoke                        the whole loop on a tiny random model, in seconds
-  emreason dataset=sums sampler=pps seed=2         one run; again: resumes it; plan=true: what it would do
-  emreason -m sampler=rs,star,pps seed=1,2,3       a sweep; ends with the comparison
-  emreason-eval run=outputs/…                      evaluate a finished run or a base model
-  emreason-report outputs/…                        tables and figures over run folders
-  make demo, make reproduce                        the schemes compared on a CPU; the paper's grid
+  emreason experiment=smoke                    the whole loop, tiny, in seconds
+  emreason dataset=sums sampler=pps seed=2     a run; again: resumes it
+  emreason -m sampler=rs,star,pps seed=1,2,3   a sweep; ends with the comparison
+  emreason-eval run=outputs/…                  a finished run or a base model
+  emreason-report outputs/…                    tables, figures over run folders
 
 Groups, GROUP=OPTION; the first is the default (experiment, hydra/…: none is):
 {groups}
-Keys, KEY=VALUE: seed tag data_root overwrite quiet plan token_budget dataset.limit.train sampler.budget sampler.temperature
-  engine.dtype optimizer.lr m_step.batch_size trainer.max_epochs (= EM iterations) trainer.devices hydra.run.dir (= run folder)
-Every key with its value: emreason --cfg job. What it means: conf/train.yaml. More options: --hydra-help.
-Completion of groups and keys by TAB: eval "$(emreason -sc install=bash)"; also zsh and fish.
+Keys, KEY=VALUE: plan (=true: what it would do) seed tag data_root overwrite
+  quiet token_budget dataset.limit.train sampler.budget sampler.temperature
+  optimizer.lr trainer.max_epochs (EM iterations) hydra.run.dir (run folder)
+Every key: emreason --cfg job; meanings: conf/train.yaml; more: --hydra-help.
+Completion by TAB: eval "$(emreason -sc install=bash)"; also zsh and fish.
 """
 
 EVALUATE = """\
 emreason-eval: the accuracy of a base model or of a finished run on a split.
 
-  emreason-eval run=outputs/runs/sums/smollm2_135m/star-1/seed=1       a finished run on its own test questions
-  emreason-eval model=qwen25_0_5b dataset=arc_easy split=validation    a base model
-  emreason-eval run=… samples=8                                        also pass@k and maj@k
+  emreason-eval run=outputs/runs/sums/…/seed=1          a finished run, its test
+  emreason-eval model=qwen25_0_5b split=validation      a base model
+  emreason-eval run=… samples=8                         also pass@k and maj@k
 
 Groups, GROUP=OPTION; the first is the default:
 {groups}
-Keys, KEY=VALUE: split method examples samples bound seed data_root predictions dataset.limit.test sampler.max_new_tokens
-Every key with its value: emreason-eval --cfg job. What it means: conf/evaluate.yaml. More options: --hydra-help.
+Keys, KEY=VALUE: split method examples samples bound seed data_root predictions
+  dataset.limit.test sampler.max_new_tokens
+Every key: emreason-eval --cfg job; meanings: conf/evaluate.yaml.
 """
 
 

@@ -59,9 +59,11 @@ MAY_CHANGE = (
     "m_step.tokens_per_batch",
     "m_step.gradient_checkpointing",
     "m_step.on_zero_accepted",
+    "callbacks.early_stopping.monitor",
+    "callbacks.early_stopping.mode",
     "hydra",
 )
-"""Config keys that a resumed run may change: they do not alter what is sampled or learned, or (the last) only where it would end."""
+"""Config keys that a resumed run may change: they do not alter what is sampled or learned, or only where it ends."""
 
 SECTIONS = {
     "model": {"name", "load"},
@@ -123,7 +125,7 @@ EXTRAS = {
 
 
 def check_keys(cfg: DictConfig, known: Collection[str]) -> None:
-    """Refuse keys that nothing reads.
+    """Refuse keys that nothing reads, and arguments that no `_target_` takes.
 
     Args:
         known: keys at the top of the config.
@@ -131,6 +133,13 @@ def check_keys(cfg: DictConfig, known: Collection[str]) -> None:
     Raises:
         UserError: names the key, and one that is like it.
     """
+    check_known(cfg, known)
+    for key in known:
+        _check_names(key, cfg.get(key))
+
+
+def check_known(cfg: DictConfig, known: Collection[str]) -> None:
+    """The part of `check_keys` that imports no `_target_`."""
     raw = OmegaConf.to_container(cfg)  # nothing is resolved
     assert isinstance(raw, dict)
     named = " ".join(value for value in _strings(raw) if "${" in value)
@@ -142,8 +151,6 @@ def check_keys(cfg: DictConfig, known: Collection[str]) -> None:
         last = unread[0].rpartition(".")[2]
         like = difflib.get_close_matches(last, [*known, *(key for keys in SECTIONS.values() for key in keys)], n=1)
         raise UserError(f"{unread[0]}: nothing reads this key{f'; did you mean {like[0]}?' if like else ''}; every key: emreason --cfg job")
-    for key in known:
-        _check_names(key, cfg.get(key))
 
 
 def _strings(value: Any) -> Iterator[str]:

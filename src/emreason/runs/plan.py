@@ -16,8 +16,9 @@ from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
 from emreason.runs.experiment import check_same_config
+from emreason.runs.keys import TRAIN_KEYS, check_known, check_trainer
 from emreason.runs.needs import free_on_gpu, free_on_host, needs
-from emreason.runs.summary import nothing_left, read_summary
+from emreason.runs.summary import begun, nothing_left, read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Split, UserError
 
@@ -36,6 +37,8 @@ def plan(cfg: DictConfig, folder: Path) -> str:
     if cfg.task != TRAIN:
         raise UserError(f"plan=true tells what an EM run does; this command's task is {cfg.task}.")
     check_plain(cfg)
+    check_known(cfg, TRAIN_KEYS)
+    check_trainer(cfg.trainer)
     dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
     with doing(f"Reading dataset {cfg.dataset.name}", at_once=False):
@@ -125,6 +128,8 @@ def _state(cfg: DictConfig, folder: Path) -> str:
         return "new"
     if cfg.overwrite:
         return f"{before.get('status')}; overwrite=true begins it again"
+    if not begun(folder, before):
+        return f"{before.get('status')} before its first draw; it begins again"
     try:
         compared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "logger"])  # which is free to change
         check_same_config(folder, OmegaConf.to_yaml(compared, resolve=True))

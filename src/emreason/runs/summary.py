@@ -33,6 +33,7 @@ class Summary:
             **identity,
             "status": "running",
             "dtype": before.get("dtype"),
+            "data": before.get("data"),
             "baseline": before.get("baseline"),
             "test": before.get("test"),
             "iterations": before.get("iterations", []),
@@ -64,6 +65,11 @@ def iterations_wanted(done: list[dict[str, Any]], max_epochs: int, token_budget:
     return min(len(done), max_epochs) if ended else max_epochs
 
 
+def begun(folder: Path, before: dict[str, Any]) -> bool:
+    """Whether the run folder with this summary holds anything that another config must not continue."""
+    return before.get("baseline") is not None or bool(before.get("iterations")) or (folder / "rationales").exists()
+
+
 def nothing_left(before: dict[str, Any], max_epochs: int, token_budget: int | None) -> bool:
     """Whether a run with this summary has come to its end."""
     done = before.get("iterations", [])
@@ -89,10 +95,10 @@ def best_iteration(iterations: list[dict[str, Any]]) -> int:
     return int(max(iterations, key=lambda r: (r["validation"]["accuracy"], -r["iteration"]))["iteration"])
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder, empty if it has none that can be read."""
+def read_summary(folder: Path, name: str = "summary.json") -> dict[str, Any]:
+    """The summary, or the evaluation `name`, of a run folder, empty if it has none that can be read."""
     try:
-        value = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

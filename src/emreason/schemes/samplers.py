@@ -13,6 +13,7 @@ some of the questions in an iteration (`choose`): `choice.py`.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 from collections import deque
@@ -91,14 +92,12 @@ class Scheme:
                 "0 is allowed with a single try per proposal only."
             )
         try:
-            callable_ = callable(pkgutil.resolve_name(self.reward))
-        except (ValueError, ImportError, AttributeError):
-            callable_ = False
-        if not callable_:
+            inspect.signature(pkgutil.resolve_name(self.reward)).bind("text", "answer", "question")
+        except (ValueError, ImportError, AttributeError, TypeError):
             raise UserError(
-                f"sampler.reward={self.reward!r} names no function; use emreason.schemes.rewards.correct, valid_sums, well_formed or "
-                "verified."
-            )
+                f"sampler.reward={self.reward!r} names no function of (text, answer, question); use emreason.schemes.rewards.correct, "
+                "valid_sums, well_formed or verified."
+            ) from None
         if self.share != 1 and self.choose == "all":
             raise UserError(f"sampler.share={self.share}: sampler.choose=all asks every question; set sampler.choose=adaptive.")
         if self.truncate is not None and not self.weighs_by_importance:
