@@ -157,6 +157,7 @@ CASES: dict[str, Case] = {
     "added key that the loader does not take": smoke("+dataset.load.nosuch=1", words=["dataset.load", "nosuch"]),
     "added key that the prompt does not take": smoke("+dataset.prompt.nosuch=1", words=["dataset.prompt", "nosuch"]),
     "added key that the limits do not take": smoke("+dataset.limit.dev=1", words=["dataset.limit.dev", "nothing reads"]),
+    "added key that is like a split": smoke("+dataset.limit.trian=5", words=["dataset.limit.trian", "did you mean train"]),
     "added key that the M-step does not take": smoke("+m_step.nosuch=1", words=["m_step", "nosuch"]),
     "added key that the model does not take": smoke("+model.nosuch=1", words=["model.nosuch", "nothing reads"]),
     "added key that the engine does not take": smoke("+engine.nosuch=1", words=["engine", "nosuch"]),

@@ -148,8 +148,8 @@ def check_known(cfg: DictConfig, known: Collection[str]) -> None:
         node = OmegaConf.select(cfg, section)
         unread += [f"{section}.{key}" for key in (node if OmegaConf.is_dict(node) else ()) if key not in keys]
     if unread:
-        last = unread[0].rpartition(".")[2]
-        like = difflib.get_close_matches(last, [*known, *(key for keys in SECTIONS.values() for key in keys)], n=1)
+        section, _, last = unread[0].rpartition(".")
+        like = difflib.get_close_matches(last, SECTIONS.get(section, known), n=1)
         raise UserError(f"{unread[0]}: nothing reads this key{f'; did you mean {like[0]}?' if like else ''}; every key: emreason --cfg job")
 
 
