@@ -11,9 +11,10 @@ import time
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
 from test_config import compose_config
 
-from emreason.reproduce import local_model, parts
+from emreason.reproduce import local_model, main, parts, run
 from emreason.types import UserError
 
 
@@ -50,6 +51,28 @@ def test_a_local_qwen_is_a_checkpoint_or_a_gguf(tmp_path):
         local_model(folder)
     (folder / "config.json").touch()
     assert local_model(folder)[0] == "qwen25_1_5b"
+
+
+def test_a_signal_ends_it_and_a_failed_sweep_does_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("emreason.reproduce.report.main", lambda _: None)
+    seen = []
+
+    def sweep():
+        seen.append(sys.argv)
+        raise SystemExit(code)
+
+    monkeypatch.setattr("emreason.reproduce.train.main", sweep)
+    code: int | str = "error: 1 of 2 jobs failed"
+    assert not run(parts("tiny"), Console())
+    assert len(seen) == 2
+    assert "keep_model=false" in seen[0]
+    code = 130
+    with pytest.raises(SystemExit):
+        run(parts("tiny"), Console())
+    assert len(seen) == 3
+    main(["tiny", "--plan", "--keep-models"])
+    assert "models are kept" in capsys.readouterr().out
 
 
 @pytest.mark.slow

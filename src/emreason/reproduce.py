@@ -1,6 +1,6 @@
 """`make reproduce`: the paper's comparison as sweeps one after another, then the report. Prints its plan first; can be stopped and resumed.
 
-`python -m emreason.reproduce [gpu|cpu|tiny] [--qwen FOLDER] [--plan]`
+`python -m emreason.reproduce [gpu|cpu|tiny] [--qwen FOLDER] [--keep-models] [--plan]`
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +33,7 @@ class Part:
         schemes: `sampler-budget`, as in the run folder's path.
         seconds: expected for one run, until one is finished and has been measured.
         overrides: what all runs share.
+        kept: what stays of a run beside its results; 72 models of 3B are 450 GB.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Part:
     seeds: tuple[int, ...]
     seconds: float
     overrides: tuple[str, ...]
+    kept: tuple[str, ...] = ("keep_model=false",)
 
     @property
     def folders(self) -> list[Path]:
@@ -52,7 +54,7 @@ class Part:
 
     def sweeps(self) -> list[list[str]]:
         """The overrides of an `emreason -m` for each scheme."""
-        shared = [*self.overrides, f"tag={self.tag}", f"model={','.join(self.models)}", f"dataset={','.join(self.datasets)}"]
+        shared = [*self.overrides, *self.kept, f"tag={self.tag}", f"model={','.join(self.models)}", f"dataset={','.join(self.datasets)}"]
         seeds = f"seed={','.join(map(str, self.seeds))}"
         return [[*shared, seeds, "sampler={}".format(s.split("-")[0]), "sampler.budget={}".format(s.split("-")[1])] for s in self.schemes]
 
@@ -119,7 +121,8 @@ def show_plan(grids: Sequence[Part], console: Console) -> None:
         words = " × ".join(name + ", ".join(map(str, values)) for name, values in grid.items())
         table.add_row(f"{part.title}\n  {words}", f"{len(seconds)} of {len(summaries)}", _duration(left))
     console.print(table)
-    console.print(f"About {_duration(total)} left. It can be stopped at any moment; the same command goes on.")
+    models = "The trained models are kept" if not any(part.kept for part in grids) else "No trained models are kept (--keep-models)"
+    console.print(f"About {_duration(total)} left. It can be stopped at any moment; the same command goes on. {models}.")
 
 
 def _duration(seconds: float) -> str:
@@ -136,6 +139,8 @@ def run(grids: Sequence[Part], console: Console) -> bool:
             try:
                 train.main()
             except SystemExit as end:
+                if isinstance(end.code, int) and end.code > 128:  # a signal ends all of it
+                    raise
                 console.print(str(end), markup=False, highlight=False)
     folder = Path("outputs", grids[0].tag)
     report.main([str(folder), "--out", str(folder / "report")])
@@ -147,11 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m emreason.reproduce", description="The paper's comparison, in one command.")
     parser.add_argument("scale", nargs="?", default="gpu", choices=("gpu", "cpu", "tiny"))
     parser.add_argument("--qwen", metavar="FOLDER", help="cpu: also a local Qwen, a checkpoint's folder or a GGUF")
+    parser.add_argument("--keep-models", action="store_true", help="leave model/ in every run folder: 6 GB each of 3B parameters")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     arguments = parser.parse_args(argv)
     console = Console()
     try:
-        grids = parts(arguments.scale, arguments.qwen)
+        grids = [replace(part, kept=()) if arguments.keep_models else part for part in parts(arguments.scale, arguments.qwen)]
         show_plan(grids, console)
         if arguments.plan:
             return

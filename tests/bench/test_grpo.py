@@ -69,6 +69,7 @@ def test_a_run_folder_that_the_report_reads(tmp_path, capsys):
     trainer = last[-1]
     assert trainer.rewards == [[1.0, 0.0]] * 4
     assert trainer.settings["beta"] == 0.1
+    assert trainer.settings["top_p"] == 1.0
     assert trainer.settings["learning_rate"] == 1e-5
     assert trainer.rows[0]["prompt"][-1]["role"] == "user"
     assert "hint" not in trainer.rows[0]["prompt"][-1]["content"].lower()
@@ -106,6 +107,14 @@ def test_a_training_without_an_end_is_refused(capsys):
 def test_a_reward_that_trl_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("emreason.questions.datasets.Dataset.questions", lambda self, split: [verified])  # noqa: ARG005
     with pytest.raises(UserError, match="verifier of its own"):
+        grpo.main()
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("other", ["peft=lora", "sampler=pps_valid", "+dataset.prompt.template={enable_thinking: false}"])
+def test_what_is_not_carried_over_is_refused(other):
+    sys.argv.insert(1, other)
+    with pytest.raises(UserError, match="leave it out"):
         grpo.main()
 
 

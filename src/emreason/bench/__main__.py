@@ -21,6 +21,7 @@ from emreason.bench.peak import matmul_peak
 from emreason.bench.results import finish, growth, growth_line, markdown_of, over_seeds, rows_of, tables_of, title
 from emreason.bench.runners.family import SHAPES
 from emreason.bench.work import ITERATION, make_work
+from emreason.runs.console import EXPECTED, one_sentence
 from emreason.runs.journal import write_atomic, write_json
 
 
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the whole EM iterations")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per contender")
     options = parser.parse_args()
+    if options.questions < 16:
+        parser.error(f"--questions {options.questions}: at least 16, of which the M-step takes its batches")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a contender is a process group of its own: it must be ended too
     console = Console(highlight=False, markup=False)
     console = Console(highlight=False, markup=False, width=max(console.width, 150))  # the widest table
@@ -81,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EXPECTED as error_:
+        sys.exit(f"error: {one_sentence(error_)}")

@@ -19,6 +19,9 @@ RUNNERS = Path(__file__).resolve().parent / "runners"
 OURS = "emreason"
 EXACT = "emreason, float32"
 
+FASTEST = "fastest"
+"""The dtype in which this machine multiplies fastest, ours, too: `work["dtype"]`."""
+
 NO_CHECKPOINTING, PADDING_FREE = "gradient_checkpointing=False", "padding_free=True"
 BF16_WEIGHTS = ("bf16=False", "dtype='bfloat16'")
 BEST_TRL = (NO_CHECKPOINTING, PADDING_FREE)
@@ -47,6 +50,10 @@ class Contender:
     envs: tuple[str, ...] = ()
     note: str = ""
 
+    def given(self, fastest: str) -> list[str]:
+        """`options` with the machine's `FASTEST` dtype by name."""
+        return [fastest if option == FASTEST else option for option in self.options]
+
 
 def _trl(name: str, *options: str, note: str = "") -> Contender:
     return Contender("M-step", f"TRL, {name}", "train_trl.py", options, ("trl",), note)
@@ -55,12 +62,12 @@ def _trl(name: str, *options: str, note: str = "") -> Contender:
 CONTENDERS = [
     Contender("E-step", OURS, "sample_ours.py"),
     *(
-        Contender("E-step", f"transformers generate, {rows} rows", "sample_transformers.py", ("generate", dtype, str(rows)))
-        for dtype, rows in (("bfloat16", 32), ("bfloat16", 64))
+        Contender("E-step", f"transformers generate, {rows} rows", "sample_transformers.py", ("generate", FASTEST, str(rows)))
+        for rows in (32, 64)
     ),
-    Contender("E-step", "transformers generate_batch", "sample_transformers.py", ("generate_batch", "bfloat16")),
+    Contender("E-step", "transformers generate_batch", "sample_transformers.py", ("generate_batch", FASTEST)),
     # compiled is the fastest that it can be; compiling takes a minute in bfloat16, several in float32
-    Contender("E-step", "vLLM, compiled", "sample_vllm.py", ("bfloat16",), ("vllm",)),
+    Contender("E-step", "vLLM, compiled", "sample_vllm.py", (FASTEST,), ("vllm",)),
     Contender("E-step", "vLLM, eager", "sample_vllm.py", ("float32", "eager"), ("vllm",)),
     Contender("M-step", OURS, "train_ours.py"),
     Contender("M-step", EXACT, "train_ours.py", ("float32",), note="what all losses are compared with"),
@@ -73,8 +80,8 @@ CONTENDERS = [
     _trl("the same, padding-free", NO_CHECKPOINTING, *BF16_WEIGHTS, PADDING_FREE, note="no fp32 weights: small updates are lost"),
     Contender("iteration", OURS, "iterate_ours.py"),
     Contender("iteration", "generate + TRL, defaults", "iterate_others.py", ("generate", "float32"), ("trl",)),
-    Contender("iteration", "generate + TRL, best settings", "iterate_others.py", ("generate", "bfloat16", *BEST_TRL), ("trl",)),
-    Contender("iteration", "vLLM + TRL, best settings", "iterate_others.py", ("vllm", "bfloat16", *BEST_TRL), ("trl", "vllm")),
+    Contender("iteration", "generate + TRL, best settings", "iterate_others.py", ("generate", FASTEST, *BEST_TRL), ("trl",)),
+    Contender("iteration", "vLLM + TRL, best settings", "iterate_others.py", ("vllm", FASTEST, *BEST_TRL), ("trl", "vllm")),
     *(Contender("growth", OURS, "growth.py", ("e_step", str(questions))) for questions in (64, 256, 1024)),
     Contender("growth", OURS, "growth.py", ("m_step",)),
     *(Contender("family", name, "family.py", (name,)) for name in FAMILIES),
@@ -125,7 +132,8 @@ def run(contender: Contender, work: Path, root: Path, device: str, timeout: floa
         pythons = [python_of(env, root, device) for env in contender.envs] or [sys.executable]
         # vLLM on a CPU: 2 GiB of K/V; its threads on the cores that this process may use, found fastest
         env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENIZERS_PARALLELISM": "false"}
-        command = [pythons[0], "-P", str(RUNNERS / contender.script), str(work), str(result), *contender.options, *more, *pythons[1:]]
+        dtype = json.loads(work.read_text(encoding="utf-8"))["dtype"]
+        command = [pythons[0], "-P", str(RUNNERS / contender.script), str(work), str(result), *contender.given(dtype), *more, *pythons[1:]]
         with log.open("w", encoding="utf-8") as out:
             used = _run(command, timeout, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=work.parent)
     except subprocess.TimeoutExpired:

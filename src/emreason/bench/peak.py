@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emreason.engines.packing import bf16_products
+
 
 def matmul_peak(device: str, size: int = 2048, repeats: int = 10) -> dict[str, float]:
     """GFLOP/s of square matrix products per dtype, the best of the layouts that the work uses: the limit that the table's shares refer to.
@@ -26,7 +28,7 @@ def matmul_peak(device: str, size: int = 2048, repeats: int = 10) -> dict[str, f
 
 def _layouts(w: Tensor) -> list[Callable[[Tensor], Tensor]]:
     layouts: list[Callable[[Tensor], Tensor]] = [lambda x: F.linear(x, w), lambda x: x @ w]
-    if w.device.type == "cpu" and w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if w.device.type == "cpu" and w.dtype == torch.bfloat16 and bf16_products():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(w))
         layouts.append(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
     return layouts

@@ -94,7 +94,7 @@ def compared(losses: Sequence[float], exact: Sequence[float], dtype: str) -> dic
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the growth rows: the exponent of time against questions (least squares in logarithms), the largest over the smallest peak memory,
-    and the peak memory of full fine-tuning.
+    and the peak memory of the M-step, all of the host.
     """
     sampled = [row for row in rows if row["phase"] == "growth" and "error" not in row and "questions" in row]
     trained = [row for row in rows if row["phase"] == "growth" and "error" not in row and "questions" not in row]
@@ -106,7 +106,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         peaks = [row["peak_memory_bytes"] for row in sampled]
         found["memory_ratio"] = max(peaks) / min(peaks)
     if trained:
-        found["full_fine_tuning_peak_bytes"] = max(row["peak_memory_bytes"] for row in trained)
+        found |= {"m_step": trained[0]["work"], "m_step_peak_bytes": max(row["peak_memory_bytes"] for row in trained)}
     return found
 
 
@@ -158,9 +158,9 @@ def _columns(phase: str) -> dict[str, Any]:
             "reached": lambda row: f"{row['reached']} of {row['seeds']}" if "reached" in row else "–",
             "after one iteration": _number("accuracy", ".0%"),
         }
-        return {"seconds": seconds, "theirs / ours": ours, **learned, **named, **more, "GB": memory}
+        return {"seconds": seconds, "theirs / ours": ours, **learned, **named, **more, "host GB": memory}
     if phase == "growth":
-        return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "GB": memory}
+        return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "host GB": memory}
     if phase == "family":
         speeds = {
             "tokens/s": _number("tokens_per_second", ".0f"),
@@ -169,7 +169,7 @@ def _columns(phase: str) -> dict[str, Any]:
         }
         return {"decoder": lambda row: row["decoder"], **speeds, "rows with its ids": _number("equal_rows", ".0f")}
     columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
-    columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "GB": memory}
+    columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "host GB": memory}
     if phase == "M-step":
         columns |= {"loss off by": _number("loss_difference", ".1e"), "same work": lambda row: row.get("same_work", "–"), "note": note}
     return columns
@@ -186,8 +186,8 @@ def growth_line(found: dict[str, Any]) -> str:
     said = []
     if "exponent" in found:
         said.append(f"E-step time grows with questions^{found['exponent']:.2f}, peak memory by {found['memory_ratio'] - 1:.0%}")
-    if "full_fine_tuning_peak_bytes" in found:
-        said.append(f"full fine-tuning takes {found['full_fine_tuning_peak_bytes'] / 1e9:.2f} GB")
+    if "m_step_peak_bytes" in found:
+        said.append(f"{found['m_step']} takes {found['m_step_peak_bytes'] / 1e9:.2f} GB of the host's memory")
     return "; ".join(said) + "." if said else ""
 
 

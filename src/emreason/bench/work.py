@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from emreason.models.loading import choose_dtype, weights_fingerprint
 from emreason.questions.prompts import Prompts
 from emreason.reproduce import local_model
+from emreason.runs.checks import quoted
 from emreason.runs.experiment import CONF
 
 MAX_NEW_TOKENS = 128
@@ -95,7 +96,7 @@ def iteration_work(model: str, tokenizer: Any, device: str) -> dict[str, Any]:
     """
     overrides = [
         "model=smollm2_135m_hub",
-        f"model.load.path='{model}'",
+        quoted(f"model.load.path={model}"),
         f"trainer.accelerator={'cpu' if device == 'cpu' else 'gpu'}",
         "dataset=sums",
         "dataset.prompt.instruction=''",

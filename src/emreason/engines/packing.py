@@ -35,6 +35,12 @@ def can_prepack() -> bool:
     )
 
 
+@functools.cache
+def bf16_products() -> bool:
+    """Whether oneDNN is here and this processor multiplies in bfloat16. Builds without oneDNN do not know the question."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class PackedLinear:
     """y = x Wᵀ + b for the stacked rows of one or more layers, in the layout that this device multiplies fastest.
 
@@ -61,7 +67,7 @@ class PackedLinear:
         pack = None
         if self.weight.device.type == "cpu" and dtype == torch.float32 and can_prepack():
             pack = torch.ops.mkl._mkl_reorder_linear_weight
-        elif self.weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        elif self.weight.device.type == "cpu" and dtype == torch.bfloat16 and bf16_products():
             pack = torch.ops.mkldnn._reorder_linear_weight
         if pack and "cpu" in COPIES:
             self.packed = pack(self.weight.contiguous(), PACK_ROWS)

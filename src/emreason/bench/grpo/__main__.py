@@ -21,16 +21,24 @@ from omegaconf import DictConfig, open_dict
 import emreason
 from emreason.bench.contenders import python_of
 from emreason.progress import bar
-from emreason.runs.experiment import build, compose
+from emreason.runs.experiment import build, compose, on
 from emreason.runs.journal import write_json
 from emreason.runs.summary import git_commit
+from emreason.schemes.samplers import CORRECT
 from emreason.scores.scoring import Stopwatch, predict, score
 from emreason.tracking.recorder import write_predictions
 from emreason.types import UserError
 
 
 def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The base model in `scratch`, and what `train.py` reads: prompts as chats, questions, budgets, settings of `GRPOConfig`."""
+    """The base model in `scratch`, and what `train.py` reads: prompts as chats, questions, budgets, settings of `GRPOConfig`.
+
+    Raises:
+        UserError: the run has what is not carried over: adapters, a reward or verifier of its own, arguments of the chat template.
+    """
+    aside = {"peft": "add" in cfg.peft, "sampler.reward": cfg.sampler.get("reward", CORRECT) != CORRECT}
+    if other := [key for key, there in (aside | {"dataset.prompt.template": bool(cfg.dataset.prompt.get("template"))}).items() if there]:
+        raise UserError(f"{other[0]}: GRPO here trains all weights on right answers under the plain chat; leave it out.")
     start = build(cfg)
     model: Any = start.model
     model.to(torch.float32).save_pretrained(scratch / "base")
@@ -47,10 +55,11 @@ def work_of(cfg: DictConfig, options: argparse.Namespace, scratch: Path) -> dict
         "per_device_train_batch_size": options.generations * options.questions,
         "max_completion_length": cfg.sampler.max_new_tokens,
         "temperature": cfg.sampler.temperature,
+        "top_p": cfg.sampler.top_p,
         "seed": cfg.seed,
         **{key: ast.literal_eval(value) for key, value in (text.split("=", 1) for text in options.trl)},
     }
-    work = {"model": str(scratch / "base"), "trained": str(scratch / "trained"), "device": "cpu", "train": rows}
+    work = {"model": str(scratch / "base"), "trained": str(scratch / "trained"), "device": on(cfg), "train": rows}
     return work | {"tokens": cfg.token_budget or math.inf, "seconds": options.seconds or math.inf, "options": settings}
 
 
@@ -59,7 +68,7 @@ def train(work: dict[str, Any], envs: Path, scratch: Path) -> dict[str, Any]:
     given, result = scratch / "work.json", scratch / "result.json"
     given.write_text(json.dumps(work), encoding="utf-8")
     env = os.environ | {"PYTHONPATH": str(Path(emreason.__file__).parents[1]), "TOKENIZERS_PARALLELISM": "false"}
-    python = python_of("trl", envs.resolve(), "cpu")
+    python = python_of("trl", envs.resolve(), work["device"])
     subprocess.run([python, "-P", str(Path(__file__).with_name("train.py")), str(given), str(result)], check=True, env=env)
     drawn: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return drawn

@@ -1,6 +1,7 @@
 """What one would pick instead of EM: TRL's GRPO, in an environment of its own. `python train.py WORK RESULT`.
 
-The reward is ours, so emreason's folder must be on the path; whatever `work["options"]` does not name is TRL's default.
+The reward is the right answer, read as everywhere here, also in a text that was cut at its limit; for it emreason's folder must be on the
+path. Whatever `work["options"]` does not name is TRL's default.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ def e_step(work: dict[str, Any], questions: int) -> dict[str, Any]:
 
 
 def m_step(work: dict[str, Any]) -> dict[str, Any]:
-    """Full fine-tuning on the sequences of the M-step's contenders."""
+    """The M-step on the sequences of its contenders: full fine-tuning, or of a large model on a CPU an adapter."""
     made = train_ours.main(work)
-    return {**made, "rows": [{**row, "work": "full fine-tuning"} for row in made["rows"]]}
+    return {**made, "rows": [{**row, "work": "LoRA" if work.get("lora") else "full fine-tuning"} for row in made["rows"]]}
 
 
 if __name__ == "__main__":
