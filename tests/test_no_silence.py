@@ -134,6 +134,15 @@ def test_the_reading_of_long_prompts_is_heard(said, monkeypatch):
     assert {line.rpartition(" · ")[0] for _, line in said} == {f"Reading prompts, {len(prompt) - 1} tokens"}
 
 
+def test_a_file_gets_lines_even_where_colours_are_forced(monkeypatch, capfd):
+    """As continuous integration does; cursor movements would fill its log."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.bar("E-step", 2, "questions") as work:
+        work.update(1)
+        assert work.progress is None
+    assert "\x1b[?25l" not in capfd.readouterr().err
+
+
 def test_short_work_is_not_announced_and_ranks_but_the_first_are_silent(said, monkeypatch):
     with progress.doing("Writing", at_once=False):
         pass

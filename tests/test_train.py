@@ -40,6 +40,7 @@ def learned(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], list]:
     weights = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     rationales = [json.loads(line) for path in sorted((folder / "rationales").glob("*.jsonl")) for line in path.open()]
     for record in rationales:
+        del record["seconds"]
         record["logprob"] = round(record["logprob"], 3)  # the last digits depend on what was decoded beside it
     summary = json.loads((folder / "summary.json").read_text())
     scores = [

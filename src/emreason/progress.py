@@ -117,7 +117,8 @@ def bar(label: str, total: int, unit: str, *, resumed: int = 0, enabled: bool = 
         yield current
         return
     with ExitStack() as shown:
-        if console().is_terminal:
+        shower = console()
+        if shower.is_terminal and shower.file.isatty() and not shower.is_dumb_terminal:  # FORCE_COLOR makes files terminals
             counted = ("{task.description}", BarColumn(24), MofNCompleteColumn(), unit, "{task.fields[note]}")
             columns = (*counted, TimeElapsedColumn(), "left", TimeRemainingColumn())
             current.progress = shown.enter_context(Progress(*columns, console=console(), transient=True))

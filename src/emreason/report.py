@@ -59,7 +59,7 @@ def _watch(paths: Sequence[Path], out: Path) -> None:
         while True:
             now = {file: file.stat().st_mtime_ns for path in paths for file in path.rglob("summary.json")}
             if now != written:
-                write_report(collect(paths), out, refresh=EVERY_S)
+                write_report(collect([path for path in paths if path.exists()]), out, refresh=EVERY_S)
                 done = sum(read_summary(file.parent).get("status") == "finished" for file in now)
                 print(f"{time.strftime('%H:%M:%S')}: {len(now)} runs, {done} finished", flush=True)
                 written = now

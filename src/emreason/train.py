@@ -244,11 +244,11 @@ def _trainer(settings: Settings, folder: Path, keep_below: int, max_epochs: int,
 def _clear(folder: Path) -> None:
     from emreason.tracking.dashboard import RUN_ID
     from emreason.tracking.leaving import CHATS
-    from emreason.tracking.trackers import MLFLOW_ID
+    from emreason.tracking.trackers import MLFLOW_ID, TRACKIO_ID
 
     for name in ("rationales", "predictions", "checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "config.yaml", CHATS, RUN_ID, MLFLOW_ID):
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", CHATS, RUN_ID, MLFLOW_ID, TRACKIO_ID):
         (folder / name).unlink(missing_ok=True)
     for evaluation in folder.glob("evaluation_*.json"):  # of the model that goes
         evaluation.unlink()

@@ -111,7 +111,8 @@ class Rationale:
     """One attempt (ẑ, ŷ) at a question, accepted or not. `attempt` counts from 1; `logprob` in nats, temperature 1.
 
     `weight`: what the M-step multiplies its log-likelihood by; 0: it is not trained on; below 0: it is made less likely. `log_weight`: the
-    logarithm of its importance weight π(z, y*|x) / q(z, y*|x), not normalised, where the scheme weighs by importance.
+    logarithm of its importance weight π(z, y*|x) / q(z, y*|x), not normalised, where the scheme weighs by importance. `seconds`: of its
+    E-step until it was there, in all the processes that have worked on it.
     """
 
     question_id: str
@@ -127,6 +128,7 @@ class Rationale:
     token_ids: tuple[int, ...]
     weight: float = 1.0
     log_weight: float | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
 class UserError(Exception):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -143,6 +146,20 @@ def test_a_run_folder_that_was_moved_goes_on_with_the_best_it_had(tmp_path, monk
     exported_is(third, 1)
     after = torch.load(third / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(weights[k], after[k]) for k in weights)
+
+
+def test_an_e_step_that_was_interrupted_counts_its_seconds_before(tmp_path, monkeypatch):
+    """Killed in its M-step: what is replayed took time, too."""
+    killed(monkeypatch, tmp_path, config("trainer.max_epochs=1"))
+    for name in ("summary.json", "checkpoints"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    journal = tmp_path / "rationales/iteration=000.jsonl"
+    lines = [json.loads(line) for line in journal.open()]
+    assert lines[0]["seconds"] > 0
+    journal.write_text("".join(json.dumps(line | {"seconds": 1000.0 + n}) + "\n" for n, line in enumerate(lines)))
+    (record,) = train(config("trainer.max_epochs=1"), tmp_path)["iterations"]
+    assert 1000 + len(lines) - 1 < record["e_step"]["seconds"] < 1100 + len(lines)
 
 
 def test_a_kill_between_two_checkpoints_leaves_the_best_one_there_is(tmp_path):

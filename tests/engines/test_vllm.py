@@ -302,3 +302,11 @@ def test_tokens_drawn_ahead_after_the_answer_line_are_dropped(tiny, monkeypatch)
     done = engine._finished(request, 0, vllm.Drawn("0", [7, 9, 8, 9, 6, 9], [-1.0] * 6, "length"))
     assert (done.token_ids, done.logprob, done.finish_reason) == ((7, 9, 8, 9), -4.0, "answer")
     assert engine._finished(request, 4, vllm.Drawn("0", [7, 8, 9, 8], [-1.0] * 4, None)) is None
+
+
+def test_an_adapter_of_the_embedding_is_refused_by_name():
+    """vLLM knows no such parameters."""
+    model, _ = load_tiny("llama", seed=0)
+    adapted = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(UserError, match="adapters of linear layers only"):
+        dict(handover.merged_weights(adapted))

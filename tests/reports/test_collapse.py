@@ -128,6 +128,16 @@ def test_a_healthy_report_has_no_such_figure_and_a_sick_one_has_it_whole(tmp_pat
     assert "collapse" in (tmp_path / "sick/report.html").read_text()
 
 
+def test_questions_that_could_not_be_run_have_no_entropy(tmp_path):
+    folder = write_run(tmp_path / "a", iterations=1)
+    rows = [{"iteration": 0, "attempt": 1, "logprob": -10.0, "finish_reason": end} for end in ("stop", "error")]
+    (folder / "rationales/iteration=000.jsonl").write_text(
+        "".join(json.dumps(row | {"logprob": -10.0 if row["finish_reason"] == "stop" else 0.0}) + "\n" for row in rows)
+    )
+    (run,) = collect([tmp_path])
+    assert collapse._entropies(run) == {0: 10.0}
+
+
 def test_runs_without_journals_or_measures(tmp_path, drawn):
     write_sick(tmp_path / "pps", iterations=1)
     with_iterations(tmp_path / "pps", lambda _, i: i["e_step"].update(trivial_rate=0.5))

@@ -394,6 +394,51 @@ def test_different_configs_are_not_averaged_as_seeds(tmp_path):
     assert [each for each in compare(runs).notes if "config 1 on" in each and "tag" in each] == [note]
 
 
+def test_a_numbered_config_is_the_same_on_every_dataset(tmp_path):
+    """Tables join rows by the label: two learning rates must not share one."""
+    long = "trainer: {{a_key_with_a_long_name: {}, another_key_with_a_long_name: {}}}\n"
+    for dataset, values in [("a", [(1, 5), (2, 6)]), ("b", [(2, 6), (3, 7)])]:
+        for n, value in enumerate(values):
+            write_run(tmp_path / dataset / str(n), config=long.format(*value), dataset=dataset, predictions=False)
+    labels = {(run.dataset, run.variant): run.label for run in collect([tmp_path])}
+    assert len(labels) == 4
+    by_label: dict[str, set[str]] = {}
+    for (_, variant), label in labels.items():
+        by_label.setdefault(label, set()).add(variant)
+    assert all(len(variants) == 1 for variants in by_label.values())
+    assert len(by_label) == 3
+
+
+def test_a_mean_is_of_points_that_all_seeds_have():
+    """One seed was not measured after the second iteration: its third is not averaged with another's second."""
+    from matplotlib.figure import Figure
+
+    from emreason.reports.figures import Curve, _draw_scheme
+
+    ax = Figure().add_subplot()
+    _draw_scheme(
+        ax, [Curve([0.0, 2.0], [1.0, 3.0], True, [0, 2]), Curve([0.0, 1.0, 2.0], [2.0, 9.0, 4.0], True, [0, 1, 2])], "red", "o", 1.0
+    )
+    assert [line.tolist() for line in ax.lines[-1].get_data()] == [[0.0, 2.0], [1.5, 3.5]]
+
+
+def test_a_high_legend_makes_its_figure_higher(tmp_path):
+    for n in range(20):
+        write_run(tmp_path / str(n), seed=1, iterations=1, predictions=False, scheme=f"A scheme with a rather long name, number {n}")
+    runs = collect([tmp_path])
+    figures = {}
+    from emreason.reports import figures as module
+
+    original = module.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save", lambda figure, *rest: (figures.update({rest[1]: figure}), original(figure, *rest))[1])
+        module.draw_all(runs, compare(runs), tmp_path / "out")
+    figure = figures["acceptance"]
+    legend, panel = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert legend.y0 >= panel.y1 - 1
+    assert panel.height / figure.dpi > 1.5
+
+
 def test_seeds_are_told_from_settings_that_happen_to_equal_a_seed(tmp_path):
     for seed in (0, 1, 2):
         write_run(
@@ -466,6 +511,15 @@ def test_difficulty_is_judged_by_the_other_runs(tmp_path):
         "RS-4": {0: 1.0},  # hard for the other
         "STaR": {9: 0.0},
     }
+
+
+def test_questions_that_share_an_id_are_not_pooled(tmp_path):
+    """Generated ones, of another seed of the dataset: the gold answer tells them apart."""
+    for seed, solved in [(1, True), (2, False)]:
+        folder = write_run(tmp_path / str(seed), seed=seed, iterations=1)
+        row = {"question_id": "q", "iteration": 0, "attempt": 1, "proposal": "question", "accepted": solved, "text": "", "gold": f"{seed}"}
+        (folder / "rationales/iteration=000.jsonl").write_text(json.dumps(row) + "\n")
+    assert not any(any(cells) for cells in acceptance_by_difficulty(collect([tmp_path])).values())
 
 
 def test_what_another_reward_accepts_is_no_solve_rate(tmp_path):

@@ -72,6 +72,9 @@ def test_part_files_of_ranks_are_read_together_and_merged(tmp_path):
     journal.finalize(0, [{**vars(r), "token_ids": list(r.token_ids)} for r in attempts])
     assert [p.name for p in journal.folder.iterdir()] == ["iteration=000.jsonl"]
     assert journal.read(0) == attempts
+    journal.finalize(1000, [{**vars(rationale(question_id="later")), "token_ids": [3, 4]}])
+    journal.finalize(100, [{**vars(rationale(question_id="sooner")), "token_ids": [3, 4]}])
+    assert [r.question_id for r in journal.read(100)] == ["sooner"]
 
 
 def test_a_file_that_is_replaced_is_never_half_written(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from emreason.reports.comparison import compare
 from emreason.reports.reading import collect
 from emreason.reports.writing import comparison_records
 from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, publish_comparison, run_id
+from emreason.tracking.trackers import TrackioRun
 from emreason.tracking.workspace import NAME, SECTIONS, main
 from emreason.train import train
 from emreason.types import UserError
@@ -284,6 +285,49 @@ def test_a_run_keeps_its_id_and_another_folder_has_another(tmp_path):
     assert run_id(tmp_path) == run_id(tmp_path)
     (tmp_path / "other").mkdir()
     assert run_id(tmp_path / "other") != run_id(tmp_path)
+
+
+@pytest.mark.slow
+def test_iterations_that_learn_nothing_leave_no_gap(tmp_path, monkeypatch):
+    """Lightning counts their empty step; rows under a step that has gone by W&B drops."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    cfg = compose_config(*SMOKE, "logger=wandb", "trainer.max_epochs=4", "dataset.limit.train=2", "sampler.budget=1", *QUICK)
+    cfg.hydra.runtime.output_dir = str(tmp_path / "run")
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        cfg.pop("hydra")
+    summary = train(cfg, tmp_path / "run")
+    assert [record["m_step"]["steps"] for record in summary["iterations"]].count(0) > 1
+    (file,) = run_files(tmp_path / "run")
+    rows = read_run(file)["rows"]
+    assert [row["iterations_done"] for row in rows if "e_step/tokens" in row] == [1, 2, 3, 4]
+    assert "test/accuracy" in rows[-1]
+
+
+QUICK = ["m_step.on_zero_accepted=skip", "evaluation.baseline=[]", "dataset.limit.validation=2", "dataset.limit.test=2"]
+
+
+def test_an_iteration_is_sent_at_once():
+    """Not with the next row, an E-step later: a run that is killed meanwhile does not send it again."""
+    run = WandbRun.__new__(WandbRun)
+    sent = []
+    run.experiment = SimpleNamespace(log=lambda row, **how: sent.append((row, how)))
+    run.log_iteration(2, 7, {"e_step/tokens": 5})
+    assert sent == [({"e_step/tokens": 5, "iteration": 1, "iterations_done": 2}, {"step": 9, "commit": True})]
+
+
+def test_trackio_tells_folders_apart_and_goes_on_in_its_own(tmp_path, monkeypatch):
+    """Two tags end in the same folders."""
+    names = []
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda name, **_: names.append(name)))
+    folders = [tmp_path / tag / "sums/tiny/rs-8/seed=1" for tag in ("a", "b", "a")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("seed: 1\n")
+        TrackioRun(str(folder), "emreason")
+    assert all(name.startswith("sums/tiny/rs-8/seed=1 ") for name in names)
+    assert names[0] == names[2] != names[1]
 
 
 def test_finishing_without_a_run_is_harmless():

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -87,11 +87,12 @@ class EStep(Callback):
         module.gather()
         self.journal.check(iteration, self.conditions(module), write=trainer.is_global_zero)
         replayed = self.journal.read(iteration)
+        before = max((r.seconds for r in replayed), default=0.0)
         trainer.strategy.barrier("journal read")
         past = [self.journal.read(i) for i in range(iteration)] if self.scheme.needs_past else []
         questions = choose(self.questions, self.scheme, past, self.seed)
         mine = questions[trainer.global_rank :: trainer.world_size]
-        attempts = self.draw(mine, module, replayed, iteration)
+        attempts = self.draw(mine, module, replayed, iteration, lambda: before + watch.seconds)
         by_id = {q.id: q for q in self.questions}
         memory: dict[str, Rationale] = functools.reduce(lambda known, drawn: remembered(drawn, known, self.seed), past, {})
         if self.scheme.needs_scores:
@@ -110,7 +111,7 @@ class EStep(Callback):
                     iteration, len(errored), len(questions), plain(", ".join(errored[:5])),
                 )  # fmt: skip
         trainer.strategy.barrier("journal written")
-        self.record = e_step_record(iteration, questions, everything, self.scheme, watch.seconds)
+        self.record = e_step_record(iteration, questions, everything, self.scheme, before + watch.seconds)
         if trainer.is_global_zero and everything and self.record["extraction_rate"] < 0.5 and not self.scheme.n_examples(iteration):
             say(
                 f"E-step {iteration}: {shares(everything)}; worked examples show the form (dataset.demonstrations, sampler.worked_examples)"
@@ -129,8 +130,13 @@ class EStep(Callback):
         which = {"seed": self.seed, "iteration": iteration, "rank": trainer.global_rank, "world_size": trainer.world_size}
         return steps_of(weighed, by_id, len(questions), module.prompts, module.m_step, **which)
 
-    def draw(self, mine: Sequence[Question], module: EMModule, replayed: Sequence[Rationale], iteration: int) -> list[Rationale]:
-        """All attempts at this rank's questions: those of `replayed`, then new ones, each in the journal before it counts."""
+    def draw(
+        self, mine: Sequence[Question], module: EMModule, replayed: Sequence[Rationale], iteration: int, seconds: Callable[[], float]
+    ) -> list[Rationale]:
+        """All attempts at this rank's questions: those of `replayed`, then new ones, each in the journal before it counts.
+
+        `seconds`: of this E-step so far.
+        """
         by_id = {question.id: question for question in mine}
         attempts = [r for r in replayed if r.question_id in by_id]
         of_question = by_question(attempts)
@@ -143,6 +149,7 @@ class EStep(Callback):
         ):
             parts = (module.engine, module.prompts, module.tokenizer)
             for rationale in sample(mine, self.scheme, *parts, seed=self.seed, iteration=iteration, replayed=attempts):
+                rationale = dataclasses.replace(rationale, seconds=round(seconds(), 3))
                 lines.append(journal_record(by_id[rationale.question_id], rationale))
                 attempts.append(rationale)
                 of_question.setdefault(rationale.question_id, []).append(rationale)

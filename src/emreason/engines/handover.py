@@ -165,7 +165,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.bias", module.base_layer.bias
         elif not any(part in name.split(".") for part in ("base_layer", "lora_A", "lora_B", "lora_dropout")):
             for leaf, parameter in module.named_parameters(recurse=False):
-                if leaf.startswith("lora_"):
+                if "lora_" in f"{name}.{leaf}":
                     raise UserError("engine=vllm can merge LoRA adapters of linear layers only; use engine=inprocess.")
                 if parameter not in tied:
                     yield f"{name}.{leaf}" if name else leaf, parameter

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,7 @@ class Server:
     def _read(self, name: str, body: dict[str, Any], dropped: threading.Event) -> None:
         ids: list[int] = []
         logprobs: list[float] = []
+        ended: str | None = None
         try:
             with self._open("/v1/completions", body) as lines:
                 for line in lines:
@@ -75,8 +77,13 @@ class Server:
                     for choice in part["choices"]:
                         ids += choice.get("token_ids") or []
                         logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
+                        ended = choice.get("finish_reason")
                         # lists of its own: this thread goes on writing
-                        self._drawn.put((dropped, Drawn(name, list(ids), list(logprobs), choice.get("finish_reason"))))
+                        self._drawn.put((dropped, Drawn(name, list(ids), list(logprobs), ended)))
+            if ended is None:
+                raise self._lost("it ended")  # a server that is killed just stops sending
+        except (OSError, HTTPException) as error:
+            self._drawn.put((dropped, self._lost(error)))
         except Exception as error:  # whatever it is, the thread that waits for it must hear of it
             self._drawn.put((dropped, error))
 
@@ -121,8 +128,14 @@ class Server:
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         with self._open(path, body) as answer:
-            text = answer.read()
+            try:
+                text = answer.read()
+            except (OSError, HTTPException) as error:
+                raise self._lost(error) from error
         return json.loads(text) if text else None
+
+    def _lost(self, why: object) -> UserError:
+        return UserError(f"engine.server={self.url}: the connection was lost ({why}); start it, then the same command resumes the run.")
 
     def _open(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -84,8 +84,8 @@ def _draw(group: Sequence[Run], colours: dict[str, tuple[str, str]], name: str, 
         caption = (
             f"{group[0].dataset}, {group[0].model}, a line per run: questions accepted in the E-step, with the hint where the scheme has "
             "one, and validation questions solved without it; the share of accepted rationales that state the answer without or before any "
-            "reasoning; the mean −log π of a question's first draw, its entropy at temperature 1. Below, what was accepted of one question "
-            "in some iterations; red: no reasoning."
+            "reasoning; the mean −log π of a question's first draw, its entropy where it is drawn at temperature 1. Below, what was "
+            "accepted of one question in some iterations; red: no reasoning."
         )
         return save(figure, handles, name, caption, out)
 
@@ -94,7 +94,8 @@ def _entropies(run: Run) -> dict[int, float]:
     """Mean −log π of the questions' first draws, given the prompt that they came from, by iteration; nats."""
     found: dict[int, list[float]] = {}
     for row in read_attempts(run):
-        if row.get("attempt") == 1 and isinstance(row.get("logprob"), float) and isinstance(row.get("iteration"), int):
+        first = row.get("attempt") == 1 and row.get("finish_reason") != "error"
+        if first and isinstance(row.get("logprob"), float) and isinstance(row.get("iteration"), int):
             found.setdefault(row["iteration"], []).append(-row["logprob"])
     return {iteration: sum(values) / len(values) for iteration, values in found.items()}
 

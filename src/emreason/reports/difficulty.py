@@ -14,22 +14,26 @@ DECILES = 10
 """Tenths of the solve rate, the hardest first. Not tenths of the questions: many have equal rates, and a cut among them means nothing."""
 
 
+Asked = tuple[str, str]
+"""Question id and gold answer, which tells apart questions that share an id over datasets' seeds."""
+
+
 @dataclass
 class Outcomes:
     """One run's journal, condensed: plain attempts per question in iteration 0 as [correct, tried]; accepted per (iteration, question)."""
 
-    plain: dict[str, list[int]] = field(default_factory=dict)
-    accepted: dict[tuple[int, str], bool] = field(default_factory=dict)
+    plain: dict[Asked, list[int]] = field(default_factory=dict)
+    accepted: dict[tuple[int, Asked], bool] = field(default_factory=dict)
 
 
 def read_outcomes(run: Run) -> Outcomes:
     """The run's journal, line by line; lines without the agreed fields are skipped, an attempt written twice counts once."""
     outcomes = Outcomes()
-    seen: set[tuple[int, str, int]] = set()
+    seen: set[tuple[int, Asked, int]] = set()
     solving = run.config.get("sampler.reward", CORRECT) == CORRECT  # elsewhere accepted is not solved
     for row in read_attempts(run):
         try:
-            question, accepted = str(row["question_id"]), bool(row["accepted"])
+            question, accepted = (str(row["question_id"]), str(row.get("gold"))), bool(row["accepted"])
             iteration, attempt = int(row["iteration"]), int(row["attempt"])
         except (KeyError, TypeError, ValueError):
             continue
@@ -59,7 +63,7 @@ def acceptance_by_difficulty(runs: Sequence[Run]) -> dict[str, list[Share | None
     later = any(iteration > 0 for journal in journals.values() for iteration, _ in journal.accepted)
     if len(runs) == 1 and not later:
         return {}
-    pooled: dict[str, list[int]] = {}
+    pooled: dict[Asked, list[int]] = {}
     for journal in journals.values():
         for question, (correct, tried) in journal.plain.items():
             tally = pooled.setdefault(question, [0, 0])

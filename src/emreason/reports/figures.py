@@ -64,11 +64,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run as a polyline; `counted` curves enter their scheme's mean, the others are drawn faintly."""
+    """One run as a polyline; `counted` curves enter their scheme's mean, the others are drawn faintly. `at`: which of the run's points
+    these are, of which some were not measured.
+    """
 
     x: list[float]
     y: list[float]
     counted: bool
+    at: list[int]
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,10 @@ def curves_of(
 ) -> dict[str, list[Curve]]:
     curves: dict[str, list[Curve]] = {}
     for run in sorted(runs, key=lambda run: run.order):
-        points = [(a, b) for a, b in zip(x(run), y(run), strict=True) if b is not None]
+        points = [(a, b, i) for i, (a, b) in enumerate(zip(x(run), y(run), strict=True)) if b is not None]
         if points:
-            curves.setdefault(run.label, []).append(Curve([a for a, _ in points], [b for _, b in points], run.folder in counted))
+            a, b, i = map(list, zip(*points, strict=True))
+            curves.setdefault(run.label, []).append(Curve(a, b, run.folder in counted, i))
     return curves
 
 
@@ -235,12 +239,14 @@ def _draw_scheme(ax: Axes, curves: Sequence[Curve], colour: str, marker: str, sc
             ax.plot(curve.x, np.multiply(curve.y, scale), **UNFINISHED | {"color": colour, "marker": marker})
     if not whole:
         return
-    # A mean over fewer seeds than the point before it would jump for no reason: it ends where the shortest seed ends.
-    length = min(len(curve.x) for curve in whole)
-    x = np.array([curve.x[:length] for curve in whole])
-    y = np.array([curve.y[:length] for curve in whole]) * scale
+    # A mean over fewer seeds than the point before it would jump for no reason: it is of the points that all seeds have.
+    common = sorted(set.intersection(*(set(curve.at) for curve in whole)))
+    if not common:
+        return
+    x = np.array([[curve.x[curve.at.index(i)] for i in common] for curve in whole])
+    y = np.array([[curve.y[curve.at.index(i)] for i in common] for curve in whole]) * scale
     style = SOLID
-    if length == 1:  # no line and no band to see it by
+    if len(common) == 1:  # no line and no band to see it by
         style = SOLID | {"markersize": 8.0}
         ax.vlines(x.mean(0), y.min(0), y.max(0), color=colour, alpha=0.35, linewidth=2.5)
     if len(whole) > 1:
@@ -309,19 +315,24 @@ def literal(text: str, keep: str = "") -> str:
     return keep.join(lines).replace("$", r"\$")
 
 
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
-    """Above the panels, in as many columns as fit: matplotlib clips a legend that is wider than its figure."""
+def legend_above(figure: Figure, handles: list[Line2D], room: float = 0.35) -> float:
+    """A legend above the panels, in as many columns as fit: matplotlib clips one that is wider than its figure.
+
+    Where it is higher than `room`, which the figure has for it, the figure grows. Returns its height; both are inches.
+    """
+    place: Any = "outside upper center" if figure.get_layout_engine() else "upper center"
     for columns in range(len(handles), 0, -1):
-        legend = figure.legend(
-            handles=handles, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2, handlelength=1.8
-        )
+        legend = figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, columnspacing=1.2, handlelength=1.8)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            return
+            break
         legend.remove()
+    height = float(legend.get_window_extent().height / figure.dpi) if handles else 0.0
+    figure.set_figheight(figure.get_figheight() + max(0.0, height - room))
+    return height
 
 
 def save(figure: Figure, handles: list[Line2D], name: str, caption: str, out: Path) -> Drawn:
-    _legend(figure, handles)
+    legend_above(figure, handles)
     files = (out / f"{name}.png", out / f"{name}.pdf")
     figure.savefig(files[0])
     figure.savefig(files[1], metadata={"CreationDate": None})  # the same runs give the same bytes

@@ -273,12 +273,16 @@ def _shown(run: Run, key: str) -> str:
 
 def label_variants(runs: Sequence[Run]) -> list[Run]:
     """The runs sorted, and labelled so that runs of one scheme with different configs are never averaged as if they were seeds."""
-    labelled: list[Run] = []
+    shown: dict[Path, str] = {}
     for cell in {(run.dataset, run.model, run.scheme) for run in runs}:
         group = [run for run in runs if (run.dataset, run.model, run.scheme) == cell]
         keys = differing_keys(group)
-        shown = {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in keys.items() if run.folder in v) for run in group}
-        numbers = {text: n for n, text in enumerate(sorted(set(shown.values())), 1)}
+        shown |= {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in keys.items() if run.folder in v) for run in group}
+    labelled: list[Run] = []
+    for scheme in {run.scheme for run in runs}:
+        group = [run for run in runs if run.scheme == scheme]
+        # the same number on every dataset: tables join rows by it
+        numbers = {text: n for n, text in enumerate(sorted({shown[run.folder] for run in group}), 1)}
         for run in group:
             # Long variants get a number; the notes and the report's table of differences spell them out.
             variant = shown[run.folder] if len(shown[run.folder]) <= 40 else f"config {numbers[shown[run.folder]]}"

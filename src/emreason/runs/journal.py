@@ -151,7 +151,8 @@ class Journal:
         return [found[key] for key in sorted(found)]
 
     def _files(self, iteration: int) -> list[Path]:
-        return sorted(self.folder.glob(f"iteration={iteration:03d}*.jsonl"))
+        whole = self.path(iteration)
+        return [*([whole] if whole.exists() else []), *sorted(self.folder.glob(f"{whole.stem}.*.jsonl"))]
 
     @contextlib.contextmanager
     def appending(self, iteration: int, rank: int, world_size: int) -> Iterator[JsonLines]:

@@ -94,11 +94,13 @@ class WandbRun(Logger):
 
     def log_iteration(self, done: int, steps: int, values: dict[str, Any]) -> None:
         """A row after `done` iterations and `steps` optimizer steps of the whole run."""
-        self.experiment.log({**values, **({"iteration": done - 1} if done else {}), "iterations_done": done}, step=steps + done)
+        row = {**values, **({"iteration": done - 1} if done else {}), "iterations_done": done}
+        # now, not when the next row comes: that is an E-step later, and a killed run does not send this one again
+        self.experiment.log(row, step=steps + done, commit=True)
 
     def publish(self, summary: dict[str, Any]) -> None:
         """The test scores of the chosen iteration, the journal and the exported model; when the run is finished."""
-        steps = sum(record["m_step"]["steps"] for record in summary["iterations"])
+        steps = optimizer_steps(summary["iterations"])
         done = len(summary["iterations"])
         values = scalars({"test": summary["test"]})
         self.experiment.log({**values, "iterations_done": summary["best_iteration"] + 1}, step=steps + done + 1)
@@ -148,13 +150,18 @@ class Iterations(Callback):
                 values["rationales"] = wandb.Table(columns=list(COLUMNS), data=self._table(iteration), allow_mixed_types=True)
             columns, rows = fixed_questions(self.folder, iteration)
             values["questions"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
-            logger.log_iteration(iteration + 1, sum(r["m_step"]["steps"] for r in records), values)
+            logger.log_iteration(iteration + 1, optimizer_steps(records), values)
 
     def _table(self, iteration: int) -> list[list[Any]]:
         lines = read_lines(self.folder / "rationales" / f"iteration={iteration:03d}.jsonl")
         # spread over the file rather than its head: it is ordered by question
         chosen = lines[:: max(1, -(-len(lines) // self.rows))]
         return [[_cut({**line, "scheme": self.scheme, "tokens": line["n_tokens"]}[key]) for key in COLUMNS] for line in chosen]
+
+
+def optimizer_steps(records: list[dict[str, Any]]) -> int:
+    """Steps as Lightning counts them, for which an iteration that is skipped has one, an empty one."""
+    return sum(max(1, record["m_step"]["steps"]) for record in records)
 
 
 def fixed_questions(folder: Path, iteration: int) -> tuple[list[str | int], list[list[str]]]:

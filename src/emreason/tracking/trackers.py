@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from omegaconf import OmegaConf
 from emreason.runs.journal import write_atomic
 from emreason.runs.keys import flatten
 
-MLFLOW_ID = "mlflow_id"  # file in the run folder
+MLFLOW_ID, TRACKIO_ID = "mlflow_id", "trackio_id"  # files in the run folder
 
 
 class TrackioRun(Logger):
-    """Lightning's metrics in Trackio, under the run folder's name.
+    """Lightning's metrics in Trackio, under the run folder's name and a number of its own: other tags end in the same folders.
 
     Args:
         group: what belongs together, e.g. the jobs of one sweep.
@@ -32,7 +33,10 @@ class TrackioRun(Logger):
             import trackio
 
             about = {"project": project, "group": group, "space_id": space_id, "config": _config(self.folder)}
-            self._run = trackio.init(name=self.version, resume="allow", embed=False, **about)
+            known = self.folder / TRACKIO_ID
+            if not known.exists():
+                write_atomic(known, uuid.uuid4().hex[:6])
+            self._run = trackio.init(name=f"{self.version} {known.read_text().strip()}", resume="allow", embed=False, **about)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from emreason.reports import forms, tables
 from emreason.reports.comparison import Comparison
-from emreason.reports.figures import GREY, STYLE, Drawn, cumulative, curves_of, handle, numbers, palette
+from emreason.reports.figures import GREY, STYLE, Drawn, cumulative, curves_of, handle, legend_above, numbers, palette
 from emreason.reports.reading import Run, by_place, differing_keys, read_attempts
 from emreason.tracking.workspace import DONE, SECTIONS, STEP, TOKENS
 
@@ -202,9 +202,9 @@ def _draw_panels(runs: Sequence[Run], counted: set[Path], colours: dict[str, tup
             else:
                 ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             ax.set_xlabel({"iteration": "EM iteration", DONE: "EM iterations completed"}.get(chart.axis, "tokens generated"))
-        figure.legend(handles=[handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], ncols=6, frameon=False,
-                      loc="upper center")  # fmt: skip
-        figure.subplots_adjust(0.04, 0.35 / figure.get_figheight(), 0.99, 1 - 0.55 / figure.get_figheight(), wspace=0.22, hspace=0.62)
+        high = legend_above(figure, [handle(label, *colours[label]) for label in dict.fromkeys(r.label for r in runs)], room=0.25)
+        top = 1 - (max(0.25, high) + 0.3) / figure.get_figheight()
+        figure.subplots_adjust(0.04, 0.35 / figure.get_figheight(), 0.99, top, wspace=0.22, hspace=0.62)
         file = out / f"{name}.png"
         figure.savefig(file)
     where = f"{runs[0].dataset}, {runs[0].model}"
