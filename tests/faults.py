@@ -1081,6 +1081,20 @@ FAULTS = [
         "test_evaluate.py::test_a_runs_evaluation_does_what_the_overrides_say",
     ),
     fault(
+        "sweep: jobs share a folder",
+        "reports/sweep.py",
+        "            return key\n",
+        "            return None\n",
+        "runs/test_config.py::test_a_sweep_knows_which_keys_tell_its_jobs_apart",
+    ),
+    fault(
+        "evaluation: in the precision that is fastest",
+        "evaluate.py",
+        'read_summary(Path(cfg.run)).get("dtype") if cfg.run else None',
+        "None",
+        "test_train.py::test_evaluating_and_reporting_a_finished_run",
+    ),
+    fault(
         "server: one that goes away is waited for",
         "engines/server.py",
         "if ended is None:",

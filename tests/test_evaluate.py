@@ -39,7 +39,7 @@ def test_the_majority_is_one_of_values_and_of_the_earliest_draw(prompts, tokeniz
 def test_a_runs_evaluation_does_what_the_overrides_say(tmp_path):
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
-    trained, _ = compose(["dataset=arc_challenge", "sampler=star", "data_root=/old"])
+    trained, _ = compose(["dataset=arc_challenge", "sampler=star", "data_root=/old", "evaluation.max_new_tokens=33"])
     (run / "config.yaml").write_text(OmegaConf.to_yaml(trained, resolve=True))
 
     def evaluated(*overrides):
@@ -59,6 +59,7 @@ def test_a_runs_evaluation_does_what_the_overrides_say(tmp_path):
     assert (changed.sampler.name, changed.sampler.temperature, changed.sampler.max_new_tokens) == ("star", 0.6, 999)
     assert (changed.dataset.name, changed.dataset.load.data_root, changed.dataset.limit.test) == ("arc_challenge", "/new", 7)
     assert changed.dataset.prompt.instruction != plain.dataset.prompt.instruction
+    assert (plain.max_new_tokens, changed.max_new_tokens, evaluated("max_new_tokens=7").max_new_tokens) == (33, 999, 7)
     other = evaluated("dataset=sums_2", "dataset.limit.test=7", "sampler=rs")
     assert (other.dataset.name, other.dataset.limit.test, other.sampler.name) == ("sums", 7, "rs")
     for word in ("model=tiny_llama", "peft=lora", "model.name=x"):

@@ -71,6 +71,9 @@ def test_a_run_from_python_is_that_of_the_command(tmp_path, monkeypatch):
     assert (folder / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"config_dir=nowhere: there is no such folder"):
         emreason.run(*job, config_dir="nowhere")
+    for odd in (job, "-m"):
+        with pytest.raises(UserError, match="is no override"):
+            emreason.run(odd)
     for wrong, words in [("plan=true", "plan=true is for the command"), ("experiment=exact", "laboratory"), ("api_key=x", "secret")]:
         with pytest.raises(UserError, match=words):
             emreason.run(wrong)

@@ -56,6 +56,13 @@ def test_a_metric_that_nothing_logs_may_be_mended(tmp_path):
         train(config(*early, "callbacks.early_stopping.patience=2", "trainer.max_epochs=3"), tmp_path)
 
 
+def test_a_finished_run_cannot_be_merged_and_says_so(tmp_path):
+    adapter = ["peft=lora", "trainer.max_epochs=1", "dataset.limit.train=8"]
+    train(config(*adapter), tmp_path)
+    with pytest.raises(UserError, match=r"peft\.merge=True: this run is finished"):
+        train(config(*adapter, "peft.merge=true"), tmp_path)
+
+
 def test_other_data_under_a_begun_run_is_refused(tmp_path, monkeypatch):
     """A file that has changed between two calls would mix what was learned from with what is tested on."""
     monkeypatch.chdir(tmp_path)

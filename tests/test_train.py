@@ -153,6 +153,7 @@ def test_evaluating_and_reporting_a_finished_run(finished, tmp_path):
     done = run("emreason-eval", f"run={finished}", "dataset.limit.test=10", "samples=4", "bound=3", "trainer.accelerator=cpu", cwd=tmp_path)
     result = json.loads((finished / "evaluation_test.json").read_text())
     assert result["n"] == 10, done.stdout
+    assert "parameters in float32" in done.stderr  # the run's, whatever is fastest here
     measured, again = (
         {row["question_id"]: row for row in map(json.loads, (finished / f"predictions/{name}.jsonl").open())}
         for name in ("test", "evaluation_test")

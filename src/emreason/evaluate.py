@@ -47,7 +47,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from emreason.tracking.recorder import write_predictions
 
     scheme: Scheme = hydra.utils.instantiate(cfg.sampler)
-    experiment = build(cfg)
+    experiment = build(cfg, read_summary(Path(cfg.run)).get("dtype") if cfg.run else None)  # the weights that the run has tested
     if next(experiment.model.parameters()).device.type != experiment.device.type:  # a quantised one is there and may not be moved
         experiment.model.to(experiment.device)  # in training Lightning moves it
     experiment.model.requires_grad_(False)
@@ -62,7 +62,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         result["answers"] = {question.id: in_words(question, choice) for choice, question in zip(choices, questions, strict=True)}
     else:
         with bar(f"Evaluation, {cfg.split}", len(questions), "questions") as progress:
-            predictions = predict(questions, *parts, max_new_tokens=scheme.max_new_tokens, n_examples=cfg.examples, bar=progress)
+            predictions = predict(questions, *parts, max_new_tokens=cfg.max_new_tokens, n_examples=cfg.examples, bar=progress)
         result |= score(predictions, watch.seconds)
         if cfg.predictions:
             write_predictions(folder, written.stem, predictions)
@@ -208,6 +208,8 @@ def with_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     trained = read_config(folder / "config.yaml")
     given = {key: OmegaConf.select(cfg, key) for key in keys if key.split(".")[0] in ("dataset", "sampler")}
     with open_dict(cfg):
+        if not {"max_new_tokens", "sampler.max_new_tokens"} & set(keys):
+            cfg.max_new_tokens = trained.evaluation.max_new_tokens
         cfg.sampler, cfg.dataset, cfg.model.name = trained.sampler, trained.dataset, trained.model.name
         for key, value in given.items():
             OmegaConf.update(cfg, key, value, merge=False, force_add=True)

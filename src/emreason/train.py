@@ -25,7 +25,7 @@ from emreason.progress import console, doing, rank
 from emreason.reports.sweep import run_job
 from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
-from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, check_same_data, compose, identity, read
+from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, check_same_data, compose, identity, read, read_config
 from emreason.runs.journal import Journal, locked, write_atomic, write_json
 from emreason.runs.summary import Summary, begun, best_iteration, iterations_wanted, nothing_left, read_summary
 from emreason.types import UserError
@@ -94,7 +94,13 @@ def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
     before = read_summary(folder)
     if begun(folder, before):
         check_same_config(folder, settings.text)
-    return before if nothing_left(before, settings.max_epochs, settings.token_budget) else None
+    if not nothing_left(before, settings.max_epochs, settings.token_budget):
+        return None
+    if (merged := read_config(folder / "config.yaml").peft.get("merge", False)) != settings.merge:
+        raise UserError(
+            f"peft.merge={settings.merge}: this run is finished, its model/ written with {merged}; overwrite=true trains it again."
+        )
+    return before
 
 
 def _left(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +204,7 @@ def _run(settings: Settings, folder: Path, experiment: Experiment, summary: Summ
     if trainer.is_global_zero:
         write_predictions(folder, "test", module.predictions["test"])
         with doing(f"Writing {folder / 'model'}", at_once=False):
+            _forget_evaluations(folder)
             export(module.model, module.tokenizer, folder / "model", settings.merge)
         summary.update(test=module.scores["test"], best_iteration=best_iteration(summary.values["iterations"]))
         write_card(folder)
@@ -246,12 +253,17 @@ def _clear(folder: Path) -> None:
     from emreason.tracking.leaving import CHATS
     from emreason.tracking.trackers import MLFLOW_ID, TRACKIO_ID
 
-    for name in ("rationales", "predictions", "checkpoints", "model"):
+    for name in ("rationales", "predictions", "checkpoints", "model", "csv", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "config.yaml", CHATS, RUN_ID, MLFLOW_ID, TRACKIO_ID):
         (folder / name).unlink(missing_ok=True)
-    for evaluation in folder.glob("evaluation_*.json"):  # of the model that goes
-        evaluation.unlink()
+    _forget_evaluations(folder)
+
+
+def _forget_evaluations(folder: Path) -> None:
+    """Of a model that another one replaces."""
+    for file in [*folder.glob("evaluation_*.json"), *folder.glob("predictions/evaluation_*.jsonl")]:
+        file.unlink()
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
@@ -272,7 +284,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
 
             print_runs(collect([folder]), Console())
             near = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
-            evaluate = f"emreason-eval run={near} samples=8, or " if cfg.keep_model else ""
+            evaluate = f"emreason-eval run={near} samples=8, or " if (folder / "model").is_dir() else ""
             print(f"Run folder: {folder}\nNext: {evaluate}emreason-report {near}")
     return max((r["validation"]["accuracy"] for r in summary.get("iterations", []) if r.get("validation")), default=None)
 

@@ -96,7 +96,9 @@ def test_more_iterations_continue_a_finished_run(tmp_path):
     begun = train(config(*more, "trainer.max_epochs=2"), tmp_path / "parts")
     with (tmp_path / "parts/metrics.jsonl").open("a") as lines:  # as if it had then been killed in the third
         lines.write('{"iteration": 2, "step": 41, "m_step/nll": 9.9}\n')
+    (tmp_path / "parts/evaluation_test.json").write_text("{}")
     parts = train(config(*more), tmp_path / "parts")
+    assert not (tmp_path / "parts/evaluation_test.json").exists()  # of the model that was
     train(config(*more), tmp_path / "whole")
     assert parts["iterations"][:2] == begun["iterations"]
     assert [r["iteration"] for r in parts["iterations"]] == [0, 1, 2, 3]

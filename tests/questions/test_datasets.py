@@ -283,6 +283,8 @@ def test_written_worked_examples():
     ]
     kinds = [example.question.kind for example in Dataset("d", numbered, TEMPLATE, examples).worked_examples()]
     assert kinds == ["number", "choice", "text"]
+    by_number = Dataset("d", lambda _: [Question("9", "a?", "1", "number")], TEMPLATE, [{"id": 9, "rationale": 5}])
+    assert [(example.question.id, example.rationale) for example in by_number.worked_examples()] == [("9", "5")]
 
 
 @pytest.mark.parametrize(("choices", "answer", "letter"), [(["YES", "NO"], "NO", "B"), (["B", "A"], "A", "A"), (["x", "DE"], "DE", "B")])

@@ -170,6 +170,7 @@ ROWS = "".join(json.dumps({"question": f"What is {i}?", "answer": i}) + "\n" for
         ("a.csv", "question|answer\nWhat is 1?|1\nWhat is 2?|2\nWhat is 3?|3\n"),
         ("a.csv", "sep=;\nquestion;answer\nWhat is 1?;1\nWhat is 2?;2\nWhat is 3?;3\n"),
         ("a.csv", "Question,Answer\r\nWhat is 1?,1\r\nWhat is 2?,2\r\n\r\nWhat is 3?,3\r\n"),
+        ("a.csv", "Question,Answer\rWhat is 1?,1\rWhat is 2?,2\rWhat is 3?,3\r"),
         ("a.csv", 'question, answer\n"What is 1?", "1"\nWhat is 2?, 2\nWhat is 3?, 3\n'),
         ("a.csv", "\ufeff QUESTION , Answer \nWhat is 1?,1\nWhat is 2?,2\nWhat is 3?,3\n"),
         ("a.jsonl", "\ufeff" + ROWS),

@@ -320,6 +320,8 @@ def test_one_of_a_list_of_marks_is_right():
     targets = {"mc1_targets": lambda i: {"choices": PQRS, "labels": [int(j == i % 4) for j in range(4)]}}
     found = questions(rows(**targets), columns={"choices": "mc1_targets.choices", "answer": "mc1_targets.labels"})
     assert [q.answer for q in found] == ["A", "B", "C", "D", "A"]
+    never = rows(choices=PQRS, answer=lambda i: [int(j == 1 + i % 3) for j in range(4)])
+    assert [q.answer for q in questions(never)] == ["B", "C", "D", "B", "C"]  # the first is never right: no index from 1
     for several in ([1, 0, 1, 0], [0, 1]):  # marks of two; two indices
         with pytest.raises(UserError, match="list of numbers"):
             questions(rows(choices=PQRS, answer=several))

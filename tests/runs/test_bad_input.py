@@ -142,6 +142,10 @@ def smoke(*overrides: str, words: list[str], prepare: Callable[[Path], None] = n
     return "emreason", [*SMOKE, *overrides], prepare, words
 
 
+def sweep(*overrides: str, words: list[str]) -> Case:
+    return "emreason", ["experiment=smoke", *overrides, "-m"], nothing, words
+
+
 CASES: dict[str, Case] = {
     # --- what is typed
     "misspelt group": smoke("smapler=rs", words=["smapler"]),
@@ -178,7 +182,7 @@ CASES: dict[str, Case] = {
     "mixed precision": smoke("+trainer.precision=16-mixed", words=["trainer.precision", "engine.dtype"]),
     "steps in place of iterations": smoke("+trainer.max_steps=3", words=["max_steps", "trainer.max_epochs"]),
     "folder of the trainer": smoke("+trainer.default_root_dir=x", words=["default_root_dir", "hydra.run.dir"]),
-    "unknown profiler": smoke("+trainer.profiler=fast", words=["trainer.profiler=fast", "simple"]),
+    "profiler of the trainer's": smoke("+trainer.profiler=simple", words=["trainer.profiler", "callback"]),
     "added key that the optimizer does not take": smoke("+optimizer.momentun=3", words=["optimizer", "momentun"]),
     "unknown sampler": smoke("sampler=sr", words=["sampler/sr", "star"]),
     "unknown dataset": smoke("dataset=arc", words=["dataset/arc", "arc_easy"]),
@@ -200,8 +204,11 @@ CASES: dict[str, Case] = {
     ),
     "plan with a key that nothing reads": smoke("plan=true", "+nosuchkey=1", words=["nosuchkey", "nothing reads"]),
     "plan with an argument of the trainer's": smoke("plan=true", "+trainer.max_steps=3", words=["max_steps", "trainer.max_epochs"]),
-    "upload of a sweep to one place": smoke("-m", "seed=1,2", "hub.push=me/mine", words=["hub.push=me/mine", "me/mine-${sampler.name}"]),
-    "launcher that is not installed": smoke("-m", "hydra/launcher=cluster", words=["pip install 'emreason[ray]'"]),
+    "upload of a sweep to one place": sweep("seed=1,2", "hub.push=me/mine", words=["hub.push=me/mine", "me/mine-${sampler.name}"]),
+    "launcher that is not installed": sweep("hydra/launcher=cluster", words=["pip install 'emreason[ray]'"]),
+    "sweep into one folder": sweep("optimizer.lr=1e-3,1e-4", words=["optimizer.lr differs", "'tag=smoke-${optimizer.lr}'"]),
+    "sweep of groups into one folder": sweep("seed=1,2", "peft=none,lora", words=["peft differs"]),
+    "sweep with the folder of a run": sweep("seed=1,2", "hydra.run.dir=run", words=["hydra.run.dir", "hydra.sweep.dir"]),
     "broken list": smoke("evaluation.baseline=[test", words=["evaluation.baseline=[test"]),
     "unknown interpolation": smoke("tag=${sampler.nme}", words=["sampler.nme"]),
     "unknown target": smoke("optimizer._target_=torch.optim.Adamm", words=["torch.optim.Adamm"]),
@@ -346,6 +353,7 @@ CASES: dict[str, Case] = {
     "evaluation of no run": ("emreason-eval", ["run=nowhere", "hydra.run.dir=e"], nothing, ["run=nowhere", "no finished run"]),
     "evaluation of an unknown split": ("emreason-eval", ["split=tset", "hydra.run.dir=e"], nothing, ["split=tset", "validation"]),
     "evaluation by an unknown method": ("emreason-eval", ["method=guess", "hydra.run.dir=e"], nothing, ["method=guess", "loglikelihood"]),
+    "evaluation of a key that it has not": ("emreason-eval", ["plan=true", "hydra.run.dir=e"], nothing, ["emreason-eval --cfg job"]),
     "evaluation with negative samples": ("emreason-eval", ["samples=-1", "hydra.run.dir=e"], nothing, ["samples=-1", "at least 0"]),
     "evaluation with too many examples": (
         "emreason-eval", ["examples=9", "model=tiny_llama", "trainer.accelerator=cpu", "hydra.run.dir=e"], nothing, ["examples", "has 4"],

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from emreason.evaluate import result_file
+from emreason.reports.sweep import _top, untold
 from emreason.runs import experiment
 from emreason.runs.checks import check_values, quoted
 from emreason.runs.experiment import CONF, check_same_config, read
@@ -235,6 +236,7 @@ def test_what_is_no_path_is_left_to_hydra():
                      "-m", "tag=${seed}", "optimizer.lr=1e-5", "evaluation.baseline=[test", "dataset.path=", "sampler.budget"]:  # fmt: skip
         assert quoted(argument) == argument
     assert quoted("dataset.path=a 1.jsonl,ü.jsonl") == "dataset.path='a 1.jsonl','ü.jsonl'"  # two jobs of a sweep
+    assert quoted("hydra.run.dir=a b,c", sweep=False) == "hydra.run.dir='a b,c'"
     assert quoted("tag=ä#1") == "tag='ä#1'"
     assert quoted("dataset.columns.question=Frage (neu)") == "dataset.columns.question='Frage (neu)'"
 
@@ -312,3 +314,23 @@ def test_bad_values_are_refused_by_name(override):
     key = override.partition("=")[0]
     with pytest.raises(UserError, match=key):
         check_values(compose_config(override))
+
+
+def test_a_sweep_knows_which_keys_tell_its_jobs_apart(tmp_path):
+    def asked(*task, **more):
+        cfg = compose_config("experiment=smoke", *(f"{key}={value}" for key, value in more.items()))
+        cfg.hydra.overrides.task = list(task)
+        return untold(cfg)
+
+    told = ["seed=1,2", "sampler=rs,pps", "sampler.budget=1,2", "dataset=sums_2,sums_3", "experiment=smoke,demo", "+mine=a,b", "tag=a,b"]
+    assert asked(*told) is None
+    assert asked("optimizer.lr=1e-3") is None  # one value
+    assert asked("seed=1,2", "optimizer.lr=1e-3,1e-4") == "optimizer.lr"
+    assert asked("dataset.limit.train=8,16") == "dataset.limit.train"
+    assert asked("callbacks=none,early_stopping") == "callbacks"
+    assert asked("optimizer.lr=1e-3,1e-4", tag="'x-${optimizer.lr}'") is None
+    cfg = compose_config("experiment=smoke")
+    cfg.hydra.sweep.dir = str(tmp_path / "runs")
+    inside, elsewhere = tmp_path / "runs/a/seed=1", [tmp_path / "mine/a/seed=1", tmp_path / "mine/b/seed=1"]
+    assert _top(cfg, [inside]) == tmp_path / "runs"
+    assert _top(cfg, elsewhere) == tmp_path / "mine"

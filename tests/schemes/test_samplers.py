@@ -208,3 +208,20 @@ def test_trivial_filter_is_an_option(prompts, tokenizer):
 def test_bad_schemes_are_refused_by_name(change, word):
     with pytest.raises(UserError, match=word):
         Scheme(**{"name": "rs", "display": "RS", "budget": 1, "proposals": {"question": 1}, **change})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"weigh": "nope"}, {"choose": "bar"}, {"temperature": -1.0}, {"keep": 0}, {"top_p": 0.0}, {"max_new_tokens": 0}]
+)
+def test_a_scheme_made_in_python_is_held_to_what_the_command_allows(wrong, prompts):
+    with pytest.raises(UserError, match=f"sampler.{next(iter(wrong))}"):
+        scheme("rs", **wrong)
+    with pytest.raises(UserError, match="no proposal"):
+        prompts.ids(numbers(1)[0], "hint")
+
+
+def test_a_reward_says_why_it_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("import nosuchpackage")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="nosuchpackage"):
+        scheme("rs", reward="broken_reward.f")

@@ -95,12 +95,7 @@ class Dataset:
 
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
-            try:
-                loaded = list(self.load(split))
-            except KeyError as error:
-                raise UserError(
-                    f"dataset {self.name}: the {split} split's data has no column {error}: it is not what the Hub has; check data_root."
-                ) from error
+            loaded = list(self.load(split))
             where = f"dataset {self.name}, {split} split"
             for question in loaded:
                 check_types(question, where)
@@ -151,12 +146,13 @@ class Dataset:
         where = f"dataset.demonstrations[{number}]"
         if not isinstance(example, Mapping):
             raise UserError(f"{where} must be {{question, answer, rationale}} or {{id, rationale}}, not {example!r}.")
-        if not str(example.get("rationale") or "").strip():
+        rationale = str(example.get("rationale") or "").strip()
+        if not rationale:
             raise UserError(f"{where} needs a `rationale`.")
         if "id" in example:
             for question in self._all("train"):
-                if question.id == example["id"]:
-                    return Demonstration(question, example["rationale"].strip())
+                if question.id == str(example["id"]):
+                    return Demonstration(question, rationale)
             raise UserError(f"{where}: the training split of {self.name} has no question with the id {example['id']!r}.")
         if example.get("question") is None or example.get("answer") is None:
             raise UserError(f"{where} needs the `id` of a training question, or a `question` and its `answer`.")
@@ -168,7 +164,7 @@ class Dataset:
         kind: AnswerKind = "choice" if choices else "text" if parse_number(answer) is None else "number"
         question = Question(f"example-{number}", str(example["question"]), answer, kind, choices)
         check(question, where)
-        return Demonstration(self._answered(question), example["rationale"].strip())
+        return Demonstration(self._answered(question), rationale)
 
 
 def _word(value: Any) -> str:

@@ -145,7 +145,7 @@ def _text(path: Path, name: str) -> str:
         raise UserError(
             f"{name}, line {line} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8 (iconv -f latin1 -t UTF-8)."
         ) from None
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

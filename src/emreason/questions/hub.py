@@ -67,6 +67,8 @@ def _mmlu(split: str, data_root: str | None) -> list[Question]:
     count: dict[str, itertools.count[int]] = {}
     questions = []
     for row in hub_rows("cais/mmlu", "all", split, data_root):
+        if lacking := {"subject", "question", "choices", "answer"} - row.keys():
+            raise UserError(f"cais/mmlu, split {split}: no column {min(lacking)}: it is not what the Hub has; check data_root.")
         name = f"{row['subject']}/{split}/{next(count.setdefault(row['subject'], itertools.count()))}"
         questions.append(Question(name, row["question"].strip(), LETTERS[row["answer"]], "choice", tuple(row["choices"])))
     return questions

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 
@@ -180,6 +180,8 @@ class Prompts:
         return "\n".join(parts)
 
     def _turns(self, question: Question, proposal: Proposal, n_examples: int) -> list[tuple[str, str]]:
+        if proposal not in get_args(Proposal):
+            raise UserError(f"{proposal!r} is no proposal; there are {' and '.join(get_args(Proposal))}.")
         if not 0 <= n_examples <= len(self.demonstrations):
             raise UserError(
                 f"{n_examples} worked examples are asked for, but dataset.demonstrations has {len(self.demonstrations)}; "

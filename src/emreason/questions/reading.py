@@ -224,6 +224,8 @@ def _gold(seen: Sequence[Seen], source: str, reading: Reading) -> Gold:
     Raises:
         UserError: names the key that decides.
     """
+    if any(marked_one(lookup(row.record, reading.answer), len(options)) is not None for row, _, options in seen):
+        return "index0"
     places = {gold: [_place(answers, options, gold) for _, answers, options in seen] for gold in GOLDS}
     explained = {gold: sum(place is not None for place in found) for gold, found in places.items()}
     best: list[Gold] = [gold for gold in GOLDS if explained[gold] == max(explained.values())]

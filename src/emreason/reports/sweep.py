@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,7 @@ from emreason.runs.checks import check_config_for_secrets, ranks_started
 from emreason.runs.console import EXPECTED, one_sentence
 from emreason.runs.experiment import ranks_of
 from emreason.runs.interrupt import leave_with_launcher
+from emreason.runs.keys import flatten
 from emreason.runs.summary import read_summary
 from emreason.types import UserError, plain
 
@@ -134,12 +136,21 @@ class SweepTable(Callback):
         """Begin the list of jobs.
 
         Raises:
-            SystemExit: there is a secret in the config, a plan is asked for, all jobs would upload to one place of the Hub, or torchrun or
-                srun has started this sweep once per rank.
+            SystemExit: there is a secret in the config, a plan is asked for, jobs would share a folder or a place of the Hub, or torchrun
+                or srun has started this sweep once per rank.
         """
         refuse_secrets(config)
         if config.get("plan"):
             raise SystemExit("error: plan=true tells what one run does; leave -m and lists of values out.")
+        if any(given.startswith("hydra.run.dir=") for given in config.hydra.overrides.hydra):
+            raise SystemExit(
+                "error: hydra.run.dir is the folder of one run; with -m give hydra.sweep.dir=…: each job has its own below it."
+            )
+        if config.task == "emreason.train.run" and (key := untold(config)):
+            raise SystemExit(
+                f"error: {key} differs between jobs, but their folders are named by {config.hydra.sweep.subdir!r} without it: they would "
+                f"be one. Put it into the tag: 'tag={config.tag}-${{{key}}}'."
+            )
         hub: Any = OmegaConf.to_container(config.get("hub") or OmegaConf.create())  # as written
         if (to := hub.get("push")) and "${" not in to:
             raise SystemExit(
@@ -191,11 +202,36 @@ class SweepTable(Callback):
         if known:
             runs = collect(known)
             print_runs(runs, Console())
-            print(f"Figures and the page: emreason-report {shlex.quote(config.hydra.sweep.dir)}")
+            print(f"Figures and the page: emreason-report {shlex.quote(str(_top(config, list(noted))))}")
             _to_wandb(config, runs)
         if unfinished:
             names = "; ".join(f"{folder}: {why}" for folder, why in unfinished.items())
             raise SystemExit(f"error: {len(unfinished)} of {len(noted)} jobs failed, the same command tries them again: {names}")
+
+
+def _top(config: DictConfig, folders: Sequence[Path]) -> Path:
+    """The sweep's folder; where an experiment or a tag of the jobs' own has put them elsewhere, the one above all of them."""
+    top = Path(config.hydra.sweep.dir)
+    return top if all(folder.is_relative_to(top.resolve()) for folder in folders) else Path(os.path.commonpath(folders))
+
+
+def untold(config: DictConfig) -> str | None:
+    """A key of which this sweep has several values and which does not stand in the jobs' folders, if there is one."""
+    raw: Any = OmegaConf.to_container(config)  # as written
+    flat, told = flatten(raw), set[str]()
+    texts = [raw["hydra"]["sweep"]["dir"], raw["hydra"]["sweep"]["subdir"]]
+    while texts:
+        new = {name for name in re.findall(r"\$\{(?:oc\.select:)?([\w.:]+)", texts.pop()) if name not in told}
+        told |= new
+        texts += [value for name in new if isinstance(value := flat.get(name), str)]
+    if any(name.startswith("hydra:job") for name in told):
+        return None  # by number, or by all that is overridden
+    for override in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+        key = override.key_or_group
+        anything = "/" in key or key == "experiment" or (key not in raw and "." not in key)  # such groups set what they like
+        if override.is_sweep_override() and not anything and not any(name == key or name.startswith(f"{key}.") for name in told):
+            return key
+    return None
 
 
 def _to_wandb(config: DictConfig, runs: Sequence[Run]) -> None:

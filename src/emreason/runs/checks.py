@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emreason.runs.keys import EVALUATION_KEYS, TRAIN_KEYS, check_keys, check_trainer, flatten
+from emreason.schemes.samplers import CHOOSE, WEIGH
 from emreason.types import UserError
 
 
@@ -87,8 +88,8 @@ ALLOWED = {
     "sampler.reject_trivial": FLAG,
     "sampler.keep": whole(1),
     "sampler.distinct": FLAG,
-    "sampler.weigh": one_of("rationales", "questions", "importance", "resample", "contrast", "rloo", "maxrl", "trice", "mh"),
-    "sampler.choose": one_of("all", "adaptive"),
+    "sampler.weigh": one_of(*WEIGH),
+    "sampler.choose": one_of(*CHOOSE),
     "sampler.share": number(0, 1, above=True),
     "sampler.truncate": or_null(number(1)),
     "m_step.epochs": whole(1),
@@ -137,9 +138,9 @@ ALLOWED = {
     "trainer.deterministic": one_of(True, False, "warn", None),
     "trainer.benchmark": or_null(FLAG),
     "trainer.detect_anomaly": FLAG,
-    "trainer.profiler": one_of("simple", "advanced", "pytorch", None),
     "split": one_of("train", "validation", "test"),
     "method": one_of("generate", "loglikelihood"),
+    "max_new_tokens": whole(1),
     "examples": whole(0),
     "samples": whole(0),
     "predictions": FLAG,
@@ -251,15 +252,15 @@ _GROUPS = {"model", "dataset", "sampler", "engine", "peft", "optimizer", "traine
 _COLUMNS = re.compile(r"dataset\.columns\.\w+")
 
 
-def quoted(argument: str) -> str:
+def quoted(argument: str, sweep: bool = True) -> str:
     """An override in the quotes that Hydra wants around its value: a path, whatever is in it, or a text with `=` or signs that Hydra's
-    grammar does not know. Commas between paths separate the jobs of a sweep, unless there is a file of that name.
+    grammar does not know. In a sweep commas between paths separate its jobs, unless there is a file of that name.
     """
     key, is_set, value = argument.partition("=")
     if not is_set or argument.startswith("-") or re.match(r"""['"]|(choice|glob|sort|shuffle)\(|null$|\s*$""", value) or "${" in value:
         return argument
     if _PATHS.fullmatch(key) or (_COLUMNS.fullmatch(key) and not value.startswith("[")):
-        parts = [value] if Path(value).expanduser().exists() else value.split(",")
+        parts = value.split(",") if sweep and not Path(value).expanduser().exists() else [value]
         return f"{key}={','.join(map(_in_quotes, parts))}"
     odd = re.search(r"[^\w\s\-./\\:+%@?|]", value) or not value.isascii()
     return f"{key}={_in_quotes(value)}" if odd and not re.search(r"""['"\[\]{}(),$]""", value) else argument

@@ -31,12 +31,12 @@ def report_errors(task: Callable[[], Any], again: str = "goes on where it stoppe
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let the error through as it is, without Hydra's own summary
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109  (as typed, like Python's own entry)
-        sys.path.append(here)  # what a `_target_` names may stand beside the configs; behind all else, which it must not hide
+    find_here()
     with stop_on_signals() as stop:
         try:
             # Hydra's parser wants -m before all overrides, or behind them
-            sys.argv[1:] = sorted(map(quoted, sys.argv[1:]), key=lambda argument: argument not in ("-m", "--multirun"))
+            sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in SWEEP)
+            sys.argv[1:] = [quoted(argument, sweep=sys.argv[1] in SWEEP) for argument in sys.argv[1:]]
             check_arguments(sys.argv[1:])
             task()
         except EXPECTED as error:
@@ -48,6 +48,15 @@ def report_errors(task: Callable[[], Any], again: str = "goes on where it stoppe
                 raise
     if stop.signal is not None:
         stop.leave(again)
+
+
+SWEEP = ("-m", "--multirun")
+
+
+def find_here() -> None:
+    """What a `_target_` names may stand in the working directory; behind all else, which it must not hide."""
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109  (as typed, like Python's own entry)
+        sys.path.append(here)
 
 
 def one_sentence(error: BaseException) -> str:
@@ -69,7 +78,8 @@ def one_sentence(error: BaseException) -> str:
     if plugin := re.search(r"Could not load '(hydra/(?:launcher|sweeper)/(submitit|joblib|ray|optuna))", text):
         text = f"{plugin[1]}: the package that brings it is not installed: pip install 'emreason[{plugin[2]}]'."
     if text.startswith("Could not override"):
-        text = f"{text}, or see every key there is: emreason --cfg job"
+        command = "emreason-eval" if "emreason-eval" in sys.argv[0] else "emreason"
+        text = f"{text}, or see every key there is: {command} --cfg job"
     return plain(" ".join(text.split()))
 
 

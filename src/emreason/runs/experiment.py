@@ -20,7 +20,7 @@ from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted, try_optimizer
-from emreason.runs.console import quiet
+from emreason.runs.console import find_here, quiet
 from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
@@ -94,8 +94,11 @@ def compose(overrides: Sequence[str], name: str = "train", config_dir: str | Pat
     Raises:
         UserError, HydraException: an override cannot be read, or is of a secret; or there is no such folder.
     """
+    if odd := [given for given in overrides if not isinstance(given, str) or given.startswith("-")]:
+        raise UserError(f"{odd[0]!r} is no override; they are strings, an argument each: emreason.run('sampler=pps', 'seed=2').")
     check_arguments(overrides)
-    given = [quoted(override) for override in overrides]
+    find_here()
+    given = [quoted(override, sweep=False) for override in overrides]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UserError(f"config_dir={config_dir}: there is no such folder.")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from emreason.types import UserError
 
 _GROUPS = {"model", "dataset", "sampler", "engine", "peft", "trainer"}
-EVALUATION_KEYS = _GROUPS | {"run", "split", "method", "examples", "samples", "bound", "seed", "data_root", "predictions"}
+EVALUATION_KEYS = _GROUPS | {"run", "split", "method", "max_new_tokens", "examples", "samples", "bound", "seed", "data_root", "predictions"}
 TRAIN_KEYS = _GROUPS | {
     *(
         "task",
@@ -76,7 +76,7 @@ SECTIONS = {
 
 TRAINER_KEYS = {
     *("max_epochs", "accelerator", "devices", "num_nodes", "strategy"),
-    *("deterministic", "benchmark", "detect_anomaly", "profiler"),
+    *("deterministic", "benchmark", "detect_anomaly"),
 }
 INSTEAD = {
     "accumulate_grad_batches": "m_step.batch_size, which is the number of questions per step, however they are batched",
@@ -102,6 +102,7 @@ INSTEAD = {
     "callbacks": "callbacks=early_stopping, or a YAML of your own",
     "plugins": "nothing: checkpoints are written by the program's own plugin",
     "default_root_dir": "hydra.run.dir, the run folder",
+    "profiler": "py-spy, or torch.profiler in a callback of your own",
     "enable_checkpointing": "keep_checkpoints; while a run goes on it needs them",
     "enable_progress_bar": "nothing: the program shows its own",
     "enable_model_summary": "nothing: the table names the model",
@@ -148,9 +149,11 @@ def check_known(cfg: DictConfig, known: Collection[str]) -> None:
         node = OmegaConf.select(cfg, section)
         unread += [f"{section}.{key}" for key in (node if OmegaConf.is_dict(node) else ()) if key not in keys]
     if unread:
+        command = "emreason-eval" if known == EVALUATION_KEYS else "emreason"
         section, _, last = unread[0].rpartition(".")
         like = difflib.get_close_matches(last, SECTIONS.get(section, known), n=1)
-        raise UserError(f"{unread[0]}: nothing reads this key{f'; did you mean {like[0]}?' if like else ''}; every key: emreason --cfg job")
+        guess = f"; did you mean {like[0]}?" if like else ""
+        raise UserError(f"{unread[0]}: nothing reads this key{guess}; every key: {command} --cfg job")
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -37,6 +37,10 @@ CORRECT, WELL_FORMED = "emreason.schemes.rewards.correct", "emreason.schemes.rew
 """The rewards that ask for the right answer and no more, and for any."""
 
 
+WEIGH = ("rationales", "questions", "importance", "resample", "contrast", "rloo", "maxrl", "trice", "mh")
+CHOOSE = ("all", "adaptive")
+
+
 @dataclass
 class Scheme:
     """One sampling scheme and how it draws; an instance of `conf/sampler/*.yaml`.
@@ -93,11 +97,21 @@ class Scheme:
             )
         try:
             inspect.signature(pkgutil.resolve_name(self.reward)).bind("text", "answer", "question")
-        except (ValueError, ImportError, AttributeError, TypeError):
+        except (ValueError, ImportError, AttributeError, TypeError) as error:
             raise UserError(
-                f"sampler.reward={self.reward!r} names no function of (text, answer, question); use emreason.schemes.rewards.correct, "
-                "valid_sums, well_formed or verified."
+                f"sampler.reward={self.reward!r} names no function of (text, answer, question) ({error}); use "
+                "emreason.schemes.rewards.correct, valid_sums, well_formed or verified."
             ) from None
+        for key, held in {
+            "weigh": self.weigh in WEIGH,
+            "choose": self.choose in CHOOSE,
+            "keep": self.keep >= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+        }.items():
+            if not held:
+                raise UserError(f"sampler.{key}={getattr(self, key)!r} is not allowed; see `emreason.schemes.samplers.Scheme`.")
         if self.share != 1 and self.choose == "all":
             raise UserError(f"sampler.share={self.share}: sampler.choose=all asks every question; set sampler.choose=adaptive.")
         if self.truncate is not None and not self.weighs_by_importance:
