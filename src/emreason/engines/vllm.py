@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,7 +180,10 @@ class VllmEngine:
         config = base.config.to_json_string()
         folder = cache_root() / "vllm" / hashlib.blake2b(config.encode(), digest_size=8).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
-        base.config.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:  # another rank may be reading there
+            base.config.save_pretrained(made)
+            for file in Path(made).iterdir():
+                file.replace(folder / file.name)
         on_gpu = current_platform.is_cuda_alike()
         options: dict[str, Any] = {"enable_sleep_mode": on_gpu, "gpu_memory_utilization": 0.5 if self.memory is None else self.memory}
         if not on_gpu:  # 0.32 fails on a seeded prompt cut in two: "CPU Generator does not use offset"

@@ -48,6 +48,7 @@ class Dataset:
     answer_as: Literal["letter", "text"] = "letter"
     max_choice_words: int | None = None
     _loaded: dict[Split, list[Question]] = field(default_factory=dict, init=False, repr=False)
+    _told: set[Split] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         words = self.prompt.instruction
@@ -70,7 +71,8 @@ class Dataset:
             questions = [question for question in questions if normalise(question.text) not in drop]
         if not questions:
             raise UserError(f"dataset {self.name}: the {split} split is empty.")
-        if limit is not None and limit > len(questions):
+        if limit is not None and limit > len(questions) and split not in self._told:
+            self._told.add(split)
             log.warning("dataset.limit.%s is %d, but %s has %d: all are taken", split, limit, self.name, len(questions))
         return sorted(questions, key=lambda question: rank(question.id))[:limit]
 

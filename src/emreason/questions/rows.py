@@ -114,7 +114,8 @@ def _choose(row: Row, answers: Sequence[str], options: list[Option], reading: Re
     where = row.where
     kept = [option.text for option in options if option.text is not None]
     if not kept:
-        raise UserError(f"{where}: `{reading.choices[0] if reading.choices else 'choices'}` is missing.")
+        missing = reading.choices[0] if reading.choices else "choices"
+        raise UserError(f"{where}: `{missing}` is missing; all questions of a file are answered in one way.")
     if not 2 <= len(kept) <= len(LETTERS):
         raise UserError(f"{where}: `choices` must be a list of 2 to {len(LETTERS)} strings.")
     counts = Counter(normalise(choice) for choice in kept)
