@@ -62,7 +62,7 @@ def test_wandb_gets_names_that_it_takes_and_texts_as_they_are(monkeypatch, tmp_p
     class Run:
         logged: ClassVar[dict[str, Any]] = {}
 
-        def log(self, values, step):  # noqa: ARG002
+        def log(self, values, **_):
             self.logged.update(values)
 
     monkeypatch.setattr(dashboard, "_start", lambda *_, **about: given.update(about) or Run())

@@ -325,6 +325,7 @@ def test_a_sweep_knows_which_keys_tell_its_jobs_apart(tmp_path):
     told = ["seed=1,2", "sampler=rs,pps", "sampler.budget=1,2", "dataset=sums_2,sums_3", "experiment=smoke,demo", "+mine=a,b", "tag=a,b"]
     assert asked(*told) is None
     assert asked("optimizer.lr=1e-3") is None  # one value
+    assert asked("model.name=${hydra:job.num}", "optimizer.lr=1,2") == "optimizer.lr"  # nothing is resolved yet
     assert asked("seed=1,2", "optimizer.lr=1e-3,1e-4") == "optimizer.lr"
     assert asked("dataset.limit.train=8,16") == "dataset.limit.train"
     assert asked("callbacks=none,early_stopping") == "callbacks"

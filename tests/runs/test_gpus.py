@@ -62,7 +62,7 @@ def test_an_evaluation_moves_the_model_to_its_device(monkeypatch, tmp_path):
     monkeypatch.setattr(type(built.model), "to", lambda self, device: (where.append(device), self)[1])
     device = torch.device("cuda", 3)
     replaced = experiment.Experiment(built.dataset, prompts, model, tokenizer, built.engine, built.dtype, device)
-    monkeypatch.setattr(evaluate, "build", lambda _: replaced)
+    monkeypatch.setattr(evaluate, "build", lambda *_: replaced)
     evaluate.evaluate(config, tmp_path)
     assert where == [device]
     assert not any(p.requires_grad for p in model.parameters())

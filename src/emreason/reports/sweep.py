@@ -142,7 +142,8 @@ class SweepTable(Callback):
         refuse_secrets(config)
         if config.get("plan"):
             raise SystemExit("error: plan=true tells what one run does; leave -m and lists of values out.")
-        if any(given.startswith("hydra.run.dir=") for given in config.hydra.overrides.hydra):
+        overrides: Any = OmegaConf.to_container(config.hydra.overrides)  # as written: they may hold ${hydra:job.num}
+        if any(given.startswith("hydra.run.dir=") for given in overrides["hydra"]):
             raise SystemExit(
                 "error: hydra.run.dir is the folder of one run; with -m give hydra.sweep.dir=…: each job has its own below it."
             )
@@ -226,7 +227,7 @@ def untold(config: DictConfig) -> str | None:
         texts += [value for name in new if isinstance(value := flat.get(name), str)]
     if any(name.startswith("hydra:job") for name in told):
         return None  # by number, or by all that is overridden
-    for override in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+    for override in OverridesParser.create().parse_overrides(raw["hydra"]["overrides"]["task"]):
         key = override.key_or_group
         anything = "/" in key or key == "experiment" or (key not in raw and "." not in key)  # such groups set what they like
         if override.is_sweep_override() and not anything and not any(name == key or name.startswith(f"{key}.") for name in told):
