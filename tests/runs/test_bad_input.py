@@ -207,7 +207,7 @@ CASES: dict[str, Case] = {
     "upload of a sweep to one place": sweep("seed=1,2", "hub.push=me/mine", words=["hub.push=me/mine", "me/mine-${sampler.name}"]),
     "launcher that is not installed": sweep("hydra/launcher=cluster", words=["pip install 'emreason[ray]'"]),
     "sweep into one folder": sweep("optimizer.lr=1e-3,1e-4", words=["optimizer.lr differs", "'tag=smoke-${optimizer.lr}'"]),
-    "sweep of groups into one folder": sweep("seed=1,2", "peft=none,lora", words=["peft differs"]),
+    "sweep of groups into one folder": sweep("seed=1,2", "peft=none,lora", words=["peft differs", "a sweep for each", "tag=…"]),
     "sweep with the folder of a run": sweep("seed=1,2", "hydra.run.dir=run", words=["hydra.run.dir", "hydra.sweep.dir"]),
     "broken list": smoke("evaluation.baseline=[test", words=["evaluation.baseline=[test"]),
     "unknown interpolation": smoke("tag=${sampler.nme}", words=["sampler.nme"]),

@@ -148,9 +148,15 @@ class SweepTable(Callback):
                 "error: hydra.run.dir is the folder of one run; with -m give hydra.sweep.dir=…: each job has its own below it."
             )
         if config.task == "emreason.train.run" and (key := untold(config)):
+            group = OmegaConf.is_config(OmegaConf.select(config, key))
+            mend = (
+                "Run a sweep for each of its options, with a tag=… of its own"
+                if group
+                else f"Put it into the tag: 'tag={config.tag}-${{{key}}}'"
+            )
             raise SystemExit(
                 f"error: {key} differs between jobs, but their folders are named by {config.hydra.sweep.subdir!r} without it: they would "
-                f"be one. Put it into the tag: 'tag={config.tag}-${{{key}}}'."
+                f"be one. {mend}."
             )
         hub: Any = OmegaConf.to_container(config.get("hub") or OmegaConf.create())  # as written
         if (to := hub.get("push")) and "${" not in to:
