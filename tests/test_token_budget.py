@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_config import compose_config
 
+from emreason.runs.plan import plan
 from emreason.runs.summary import read_summary
 from emreason.train import train
 from emreason.types import UserError
@@ -49,7 +50,7 @@ def test_a_run_that_a_callback_has_ended_stays_finished(tmp_path):
 
 def test_a_metric_that_nothing_logs_may_be_mended(tmp_path):
     early = ["callbacks=early_stopping", "trainer.max_epochs=2", "callbacks.early_stopping.patience=1"]
-    with pytest.raises(UserError, match=r"nothing logs the metric.* validation/accuracy"):
+    with pytest.raises(UserError, match=r"nothing logs val_acc, .* may be one of [^`]*validation/accuracy"):
         train(config(*early, "callbacks.early_stopping.monitor=val_acc"), tmp_path)
     assert len(train(config(*early), tmp_path)["iterations"]) == 2
     with pytest.raises(UserError, match="patience"):
@@ -73,10 +74,22 @@ def test_other_data_under_a_begun_run_is_refused(tmp_path, monkeypatch):
     assert first["data"].keys() == {"train", "validation", "test"}
     more = config(*given, "trainer.max_epochs=2")
     (tmp_path / "mine.jsonl").write_text("\n".join([*rows[:-1], '{"question": "What is 9 + 9?", "answer": "18"}']))
-    with pytest.raises(UserError, match=r"data of this run .* has changed since it began"):
-        train(more, tmp_path / "run")
+    for again in (more, config(*given, "trainer.max_epochs=1")):  # the second has nothing left to do: its old result is not the answer
+        with pytest.raises(UserError, match=r"data of this run .* has changed since it began"):
+            train(again, tmp_path / "run")
+        assert "would be refused: The data" in plan(again, tmp_path / "run")
+    assert read_summary(tmp_path / "run")["status"] == "finished"  # a refused one is left as it is
     (tmp_path / "mine.jsonl").write_text("\n".join(rows))
     assert len(train(more, tmp_path / "run")["iterations"]) == 2
+
+
+def test_a_server_that_is_lost_is_not_told_as_another_rank(tmp_path, monkeypatch):
+    def lost(*_):
+        raise UserError("engine.server=…: the connection was lost (Connection reset by peer).")
+
+    monkeypatch.setattr("emreason.train._run", lost)
+    with pytest.raises(UserError, match="the connection was lost"):
+        train(config(), tmp_path)
 
 
 def test_a_bad_budget_is_refused(tmp_path):

@@ -23,10 +23,10 @@ from emreason.questions.answers import correct, extract, gold_text, in_words, sa
 from emreason.questions.grammar.thinking import said
 from emreason.runs import help
 from emreason.runs.console import report_errors
-from emreason.runs.experiment import CONF, Experiment, build, compose, load_libraries, read_config
+from emreason.runs.experiment import CONF, Experiment, build, compose, load_libraries
 from emreason.runs.journal import write_json
 from emreason.runs.keys import MAY_CHANGE, flatten, within
-from emreason.runs.summary import read_summary
+from emreason.runs.summary import read_config, read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Request, UserError, plain
 
@@ -85,7 +85,7 @@ def result_file(cfg: DictConfig, folder: Path) -> Path:
     """
     own = cfg.run is None or read_config(Path(cfg.run) / "config.yaml").dataset.name == cfg.dataset.name
     parts = [cfg.split, *([] if own else [cfg.dataset.name]), *(["loglikelihood"] if cfg.method == "loglikelihood" else [])]
-    name, asked = f"evaluation_{'_'.join(parts)}", _settings(OmegaConf.to_container(cfg, resolve=True))
+    name, asked = f"evaluation_{'_'.join(parts)}".replace("/", "-"), _settings(OmegaConf.to_container(cfg, resolve=True))
     for number in itertools.count(1):
         path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
         before = _settings(read_summary(folder, path.name).get("config"))
@@ -96,9 +96,10 @@ def result_file(cfg: DictConfig, folder: Path) -> Path:
 
 def _settings(config: Any) -> dict[str, Any]:
     """What a result depends on, key by key."""
-    config = config or {}
+    if not config:
+        return {}
     aside = (*MAY_CHANGE, "predictions", *(("run", "model.load", "peft") if config.get("run") else ()))
-    return {key: value for key, value in flatten(config).items() if not within(key, aside)} if config else {}
+    return {key: value for key, value in flatten(config).items() if not within(key, aside)}
 
 
 def sampled(

@@ -122,7 +122,9 @@ def show_plan(grids: Sequence[Part], console: Console) -> None:
         table.add_row(f"{part.title}\n  {words}", f"{len(seconds)} of {len(summaries)}", _duration(left))
     console.print(table)
     models = (
-        "The trained models are kept" if not any(part.kept for part in grids) else "No trained models are kept (KEEP_MODELS=1 keeps them)"
+        "The trained models are kept"
+        if not any(part.kept for part in grids)
+        else "No trained models are kept (KEEP_MODELS=1 or --keep-models: all are)"
     )
     console.print(f"About {_duration(total)} left. It can be stopped at any moment; the same command goes on. {models}.")
 
@@ -142,6 +144,7 @@ def run(grids: Sequence[Part], console: Console) -> bool:
                 train.main()
             except SystemExit as end:
                 if isinstance(end.code, int) and end.code > 128:  # a signal ends all of it
+                    console.print("That was one sweep of the grid; this command, given again, goes on with all of it.")
                     raise
                 console.print(str(end), markup=False, highlight=False)
     folder = Path("outputs", grids[0].tag)

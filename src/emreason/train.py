@@ -25,9 +25,9 @@ from emreason.progress import console, doing, rank
 from emreason.reports.sweep import run_job
 from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
-from emreason.runs.experiment import CONF, Experiment, Settings, check_same_config, check_same_data, compose, identity, read, read_config
+from emreason.runs.experiment import CONF, Experiment, Settings, compose, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic, write_json
-from emreason.runs.summary import Summary, begun, best_iteration, iterations_wanted, nothing_left, read_summary
+from emreason.runs.summary import Summary, best_iteration, ended, iterations_wanted, read_summary
 from emreason.types import UserError
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise
         if settings.overwrite and first:
             _clear(folder)
-        if done := None if settings.overwrite else _done(settings, folder):
+        asked = (settings.text, settings.dataset, settings.max_epochs, settings.token_budget)
+        if done := None if settings.overwrite else ended(folder, *asked):
             if first:
                 console().print(f"Finished already: {folder}", highlight=False)
-            return _left(settings, folder, done)
+            return _left(settings, folder, done, "checkpoints")  # a model that is there was kept on purpose
         if first:
             write_atomic(folder / "config.yaml", settings.text)
-        return _left(settings, folder, _train(settings, folder))
+        return _left(settings, folder, _train(settings, folder), "model", "checkpoints")
 
 
 def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
@@ -85,29 +86,11 @@ def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, A
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has turned off
 
 
-def _done(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do.
-
-    Raises:
-        UserError: the run was begun under another config.
-    """
-    before = read_summary(folder)
-    if begun(folder, before):
-        check_same_config(folder, settings.text)
-    if not nothing_left(before, settings.max_epochs, settings.token_budget):
-        return None
-    if (merged := read_config(folder / "config.yaml").peft.get("merge", False)) != settings.merge:
-        raise UserError(
-            f"peft.merge={settings.merge}: this run is finished, its model/ written with {merged}; overwrite=true trains it again."
-        )
-    return before
-
-
-def _left(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a finished run, whose model is on the Hub if that is wanted; what is not to be kept of it is gone."""
+def _left(settings: Settings, folder: Path, summary: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The summary of a finished run, whose model is on the Hub if that is wanted; of the folders `names` those not to be kept are gone."""
     summary = _pushed(settings, folder, summary)
-    for name, kept in (("model", settings.keep_model), ("checkpoints", settings.keep_checkpoints)):
-        if not kept and rank() == 0:
+    for name in names:
+        if not getattr(settings, f"keep_{name}") and rank() == 0:
             shutil.rmtree(folder / name, ignore_errors=True)
     return summary
 
@@ -132,8 +115,8 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
     experiment: Experiment | None = None
     try:
         experiment = settings.build(summary.values["dtype"])
-        check_same_data(summary.values["data"] if begun(folder, summary.values) else None, data := experiment.dataset.fingerprint())
-        summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=experiment.dataset.overlap(), data=data)
+        dataset = experiment.dataset
+        summary.update(dtype=str(experiment.dtype).removeprefix("torch."), overlap=dataset.overlap(), data=dataset.fingerprint())
         with doing(f"Run in {folder}", at_once=False):  # what no bar covers is heard as this
             _run(settings, folder, experiment, summary)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -144,9 +127,10 @@ def _train(settings: Settings, folder: Path) -> dict[str, Any]:
         if isinstance(error, FloatingPointError):
             raise UserError(f"{error}; in a new run (tag=…) lower optimizer.lr, or use engine.dtype=float32.") from error
         if re.match("Early stopping conditioned on metric", str(error)):
-            known = ", ".join(re.findall("`([a-z_]+/[^`]+)`", str(error)))
-            raise UserError(f"callbacks: nothing logs the metric that early stopping monitors; it may be one of {known}.") from error
-        if re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
+            wrong, *known = re.findall("`+([^` ]+)`+", str(error))
+            there = ", ".join(name for name in known if "/" in name)
+            raise UserError(f"callbacks: nothing logs {wrong}, which early stopping monitors; it may be one of {there}.") from error
+        if not isinstance(error, UserError) and re.search(r"(closed|reset) by peer", str(error)):  # what gloo says of a rank that died
             raise UserError("Another rank of this run has ended; what it said is above. The same command resumes the run.") from error
         raise
     finally:

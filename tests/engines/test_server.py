@@ -78,7 +78,15 @@ def heard(server: Server) -> list:
     return found
 
 
-@pytest.mark.parametrize("end", [lambda _: None, reset], ids=["closed", "reset"])
+def aborted(handler) -> None:
+    handler.wfile.write(part(finish_reason="abort"))
+
+
+def cut(handler) -> None:
+    handler.wfile.write(part(finish_reason="stop")[:-9])
+
+
+@pytest.mark.parametrize("end", [lambda _: None, reset, aborted, cut], ids=["closed", "reset", "aborted", "cut"])
 def test_a_server_that_goes_away_in_mid_answer_is_one_sentence(served, end):
     *_, last = heard(served(end))
     assert isinstance(last, UserError)

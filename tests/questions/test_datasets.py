@@ -140,6 +140,8 @@ def test_what_the_real_data_is(real):
 def test_a_loader_of_ones_own_is_held_to_the_types(question, words):
     with pytest.raises(UserError, match=re.escape(words)):
         Dataset("mine", lambda _: iter([question]), TEMPLATE).questions("train")
+    with pytest.raises(UserError, match=r"must return a list of emreason\.Question, not None"):
+        Dataset("mine", lambda _: None, TEMPLATE).questions("train")
 
 
 def test_the_fingerprint_is_of_what_is_asked():

@@ -387,6 +387,11 @@ def test_different_configs_are_not_averaged_as_seeds(tmp_path):
     assert {run.label for run in runs} == {"RS-4 · tag=—", "RS-4 · tag=hot"}
     assert {cell.scheme: cell.seeds for cell in compare(runs).cells if not cell.baseline} == {"RS-4 · tag=—": 2, "RS-4 · tag=hot": 1}
     assert list(differing_keys(runs)) == ["tag"]  # seeds and folders explain nothing
+    write_run(tmp_path / "d/seed=1", seed=1, config="tag: hot\nm_step: {batch_size: 4}\n")
+    assert {run.label for run in collect([tmp_path / "a", tmp_path / "d"])} == {"RS-4 · m_step.batch_size=—", "RS-4 · m_step.batch_size=4"}
+    assert len({run.label for run in collect([tmp_path / "b", tmp_path / "d"])}) == 2
+    assert len({run.label for run in collect([tmp_path])}) == 3  # the tag alone tells a from b
+    shutil.rmtree(tmp_path / "d")
     write_run(tmp_path / "c/seed=1", seed=1, config="trainer:\n  a_long_key_that_nobody_reads: with a long value\n")
     runs = collect(str(tmp_path))
     assert {run.label for run in runs} == {"RS-4 · config 1", "RS-4 · config 2", "RS-4 · config 3"}

@@ -25,9 +25,10 @@ from emreason.evaluate import result_file
 from emreason.reports.sweep import _top, untold
 from emreason.runs import experiment
 from emreason.runs.checks import check_values, quoted
-from emreason.runs.experiment import CONF, check_same_config, read
+from emreason.runs.experiment import CONF, read
 from emreason.runs.journal import write_json
 from emreason.runs.keys import EVALUATION_KEYS, INSTEAD, SECTIONS, TRAIN_KEYS, TRAINER_KEYS, check_keys, flatten
+from emreason.runs.summary import check_same_config
 from emreason.schemes.samplers import Scheme
 from emreason.types import UserError
 
@@ -69,7 +70,7 @@ def test_a_resumed_run_may_change_nothing_else(tmp_path, monkeypatch):
     check_same_config(tmp_path, OmegaConf.to_yaml(older))
     leaves = flatten(OmegaConf.to_container(OmegaConf.create(begun)))
     assert len(leaves) > 60
-    monkeypatch.setattr(experiment, "read_config", lambda _: OmegaConf.create(begun))  # once is enough
+    monkeypatch.setattr("emreason.runs.summary.read_config", lambda _: OmegaConf.create(begun))  # once is enough
     for key in leaves:
         changed = OmegaConf.create(begun)
         OmegaConf.update(changed, key, "another")
@@ -285,6 +286,7 @@ def test_the_evaluation_config_composes():
 def test_results_of_one_run_do_not_replace_each_other(tmp_path):
     (tmp_path / "config.yaml").write_text("dataset: {name: sums}\n")
     asked = [[], ["split=validation"], ["method=loglikelihood"], ["dataset=arc_easy"], ["dataset=arc_easy", "method=loglikelihood"]]
+    asked += [["dataset=arc_easy", f"dataset.name={name}", *more] for name in ["of/ai2"] for more in ([], ["samples=4"])]
     asked += [["sampler.max_new_tokens=9"], ["dataset.limit.test=5"], ["examples=2"], ["samples=8"], ["samples=8", "seed=2"]]
     configs = [experiment.compose([f"run={tmp_path}", *overrides], "evaluate")[0] for overrides in asked]
     files = []
@@ -330,6 +332,8 @@ def test_a_sweep_knows_which_keys_tell_its_jobs_apart(tmp_path):
     assert asked("dataset.limit.train=8,16") == "dataset.limit.train"
     assert asked("callbacks=none,early_stopping") == "callbacks"
     assert asked("optimizer.lr=1e-3,1e-4", tag="'x-${optimizer.lr}'") is None
+    for subdir in ("${hydra:job.num}", "${hydra.job.num}", "${hydra.job.override_dirname}"):
+        assert asked("optimizer.lr=1e-3,1e-4", **{"hydra.sweep.subdir": f"'{subdir}'"}) is None
     cfg = compose_config("experiment=smoke")
     cfg.hydra.sweep.dir = str(tmp_path / "runs")
     inside, elsewhere = tmp_path / "runs/a/seed=1", [tmp_path / "mine/a/seed=1", tmp_path / "mine/b/seed=1"]

@@ -77,12 +77,13 @@ class Server:
                     for choice in part["choices"]:
                         ids += choice.get("token_ids") or []
                         logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
-                        ended = choice.get("finish_reason")
+                        if (ended := choice.get("finish_reason")) not in (None, "stop", "length"):
+                            raise self._lost(f"it ended with {ended!r}")
                         # lists of its own: this thread goes on writing
                         self._drawn.put((dropped, Drawn(name, list(ids), list(logprobs), ended)))
             if ended is None:
                 raise self._lost("it ended")  # a server that is killed just stops sending
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # the last: a line that was cut
             self._drawn.put((dropped, self._lost(error)))
         except Exception as error:  # whatever it is, the thread that waits for it must hear of it
             self._drawn.put((dropped, error))
@@ -127,12 +128,12 @@ class Server:
         yield
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        with self._open(path, body) as answer:
-            try:
+        try:
+            with self._open(path, body) as answer:
                 text = answer.read()
-            except (OSError, HTTPException) as error:
-                raise self._lost(error) from error
-        return json.loads(text) if text else None
+            return json.loads(text) if text else None
+        except (OSError, HTTPException, ValueError) as error:
+            raise self._lost(error) from error
 
     def _lost(self, why: object) -> UserError:
         return UserError(f"engine.server={self.url}: the connection was lost ({why}); start it, then the same command resumes the run.")

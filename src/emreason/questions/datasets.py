@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -97,8 +97,10 @@ class Dataset:
 
     def _all(self, split: Split) -> list[Question]:
         if split not in self._loaded:
-            loaded = list(self.load(split))
-            where = f"dataset {self.name}, {split} split"
+            loaded, where = self.load(split), f"dataset {self.name}, {split} split"
+            if not isinstance(loaded, Iterable):
+                raise UserError(f"{where}: its loader must return a list of emreason.Question, not {loaded!r}.")
+            loaded = list(loaded)
             for question in loaded:
                 check_types(question, where)
             questions = [self._answered(question) for question in loaded if self._short_enough(question)]

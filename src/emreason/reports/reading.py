@@ -277,7 +277,11 @@ def label_variants(runs: Sequence[Run]) -> list[Run]:
     for cell in {(run.dataset, run.model, run.scheme) for run in runs}:
         group = [run for run in runs if (run.dataset, run.model, run.scheme) == cell]
         keys = differing_keys(group)
-        shown |= {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in keys.items() if run.folder in v) for run in group}
+        told, less = (
+            {run.folder: ", ".join(f"{k}={v[run.folder]}" for k, v in of.items() if run.folder in v) for run in group}
+            for of in (keys, {key: values for key, values in keys.items() if key != "tag"})
+        )
+        shown |= less if len({*less.values()}) == len({*told.values()}) else told  # a tag that says what the other keys do is not said
     labelled: list[Run] = []
     for scheme in {run.scheme for run in runs}:
         group = [run for run in runs if run.scheme == scheme]

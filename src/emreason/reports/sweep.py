@@ -149,17 +149,17 @@ class SweepTable(Callback):
             )
         if config.task == "emreason.train.run" and (key := untold(config)):
             group = OmegaConf.is_config(OmegaConf.select(config, key))
+            subdir = OmegaConf.to_container(config.hydra.sweep)["subdir"]  # type: ignore[index,call-overload]  # as written
             mend = (
                 "Run a sweep for each of its options, with a tag=… of its own"
                 if group
                 else f"Put it into the tag: 'tag={config.tag}-${{{key}}}'"
             )
             raise SystemExit(
-                f"error: {key} differs between jobs, but their folders are named by {config.hydra.sweep.subdir!r} without it: they would "
-                f"be one. {mend}."
+                f"error: {key} differs between jobs, but their folders are named by {subdir!r} without it: they would be one. {mend}."
             )
         hub: Any = OmegaConf.to_container(config.get("hub") or OmegaConf.create())  # as written
-        if (to := hub.get("push")) and "${" not in to:
+        if (to := hub.get("push")) and "${" not in str(to):
             raise SystemExit(
                 f"error: hub.push={to}: every job would upload to it, over the one before; give each its own: "
                 f"'hub.push={to}-${{sampler.name}}-${{seed}}'."
@@ -231,7 +231,7 @@ def untold(config: DictConfig) -> str | None:
         new = {name for name in re.findall(r"\$\{(?:oc\.select:)?([\w.:]+)", texts.pop()) if name not in told}
         told |= new
         texts += [value for name in new if isinstance(value := flat.get(name), str)]
-    if any(name.startswith("hydra:job") for name in told):
+    if any(name.startswith(("hydra:job", "hydra.job")) for name in told):
         return None  # by number, or by all that is overridden
     for override in OverridesParser.create().parse_overrides(raw["hydra"]["overrides"]["task"]):
         key = override.key_or_group

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,10 +20,9 @@ from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted, try_optimizer
 from emreason.runs.console import find_here, quiet
-from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
-from emreason.types import Engine, Split, UserError
+from emreason.types import Engine, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +55,7 @@ class Settings:
         text: all of it, resolved, as YAML.
         trainer, loggers: make the Trainer, and the loggers of a run folder.
         callbacks: of the user's own; they come before the loop's.
+        dataset: not read yet.
         build: makes the `Experiment`; see the function.
     """
 
@@ -82,6 +81,7 @@ class Settings:
     sharding: Any
     loggers: Callable[[Path], list[Any]]
     callbacks: list[Any]
+    dataset: Dataset
     build: Callable[[str | None], Experiment]
 
 
@@ -121,7 +121,7 @@ def read(cfg: DictConfig) -> Settings:
     """
     load_libraries(cfg)
     make = hydra.utils.instantiate
-    optimizer = make(cfg.optimizer)
+    optimizer, dataset = make(cfg.optimizer), make(cfg.dataset)
     try_optimizer(optimizer)
     if cfg.hub.push:
         _check_token()
@@ -142,7 +142,8 @@ def read(cfg: DictConfig) -> Settings:
         sharding=cfg.trainer.strategy if cfg.trainer.get("strategy") in SHARDING else None,
         loggers=lambda folder: [_logger(node, folder) for node in _named(cfg.logger)],
         callbacks=[make(node) for node in _named(cfg.callbacks)],
-        build=lambda dtype: build(cfg, dtype),
+        dataset=dataset,
+        build=lambda dtype: build(cfg, dtype, dataset),
     )
 
 
@@ -188,11 +189,12 @@ def load_libraries(cfg: DictConfig) -> None:
 
 
 @out_of_memory_told("the model does not fit; use engine.dtype=bfloat16 or a smaller model")
-def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
+def build(cfg: DictConfig, dtype: str | None = None, dataset: Dataset | None = None) -> Experiment:
     """Load data first (its errors are cheap), then the model.
 
     Args:
         dtype: what an earlier part of this run resolved `engine.dtype=auto` to.
+        dataset: the config's, where it may have been read already.
 
     Raises:
         UserError: data or model cannot be loaded.
@@ -204,7 +206,7 @@ def build(cfg: DictConfig, dtype: str | None = None) -> Experiment:
 
     keep_freed_memory()
     spare_imports()
-    dataset: Dataset = hydra.utils.instantiate(cfg.dataset)
+    dataset = dataset or hydra.utils.instantiate(cfg.dataset)
     with doing(f"Reading dataset {cfg.dataset.name}") as reading:
         reading.note = ", ".join(f"{len(dataset.questions(split))} {split}" for split in SPLITS) + " questions"
     there = len(dataset.worked_examples())
@@ -289,57 +291,3 @@ def prepare_cuda(expandable: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 23-37 ms, for every shape, and here every step is one
     if expandable and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-
-
-def check_same_config(folder: Path, config: str) -> None:
-    """Refuse to continue a run under another config.
-
-    Raises:
-        UserError: what `folder/config.yaml` says differs in a key that alters the run; names the keys and the ways out.
-    """
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    before, now = flatten(OmegaConf.to_container(read_config(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
-    before, now = ({key: value for key, value in config.items() if value != {}} for config in (before, now))  # an empty group is no setting
-    differing = [
-        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not within(key, MAY_CHANGE)
-    ]
-    if differing:
-        raise UserError(
-            f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
-            "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
-        )
-
-
-def check_same_data(before: Mapping[Split, str] | None, now: Mapping[Split, str]) -> None:
-    """Refuse to continue a run on other questions than it was begun with: splits would mix.
-
-    Args:
-        before, now: as `Dataset.fingerprint`; None where the run has not begun.
-
-    Raises:
-        UserError: names the splits.
-    """
-    if before is not None and (changed := [split for split in now if before.get(split) != now[split]]):
-        raise UserError(
-            f"The data of this run ({', '.join(changed)}) has changed since it began; restore it, begin again with overwrite=true, or "
-            "choose another tag=…."
-        )
-
-
-def read_config(path: Path) -> DictConfig:
-    """The config of a run.
-
-    Raises:
-        UserError: the file is not a config.
-    """
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not YAML ({error}); restore it, or begin again with overwrite=true.") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is not a run's config; restore it, or begin again with overwrite=true.")
-    return config

@@ -53,7 +53,7 @@ emreason-eval: the accuracy of a base model or of a finished run on a split.
 Groups, GROUP=OPTION; the first is the default:
 {groups}
 Keys, KEY=VALUE: split method examples samples bound seed data_root predictions
-  dataset.limit.test sampler.max_new_tokens
+  dataset.limit.test max_new_tokens
 Every key: emreason-eval --cfg job; meanings: conf/evaluate.yaml.
 """
 

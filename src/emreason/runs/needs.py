@@ -60,7 +60,7 @@ def work_of(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, d
         return round(len(prompts.text(longest, proposal, n)) / CHARACTERS)
 
     proposals: tuple[Proposal, ...] = ("question", *(scheme.tries if train else ()))
-    drawn = scheme.max_new_tokens
+    drawn = scheme.max_new_tokens if train else max(cfg.max_new_tokens, scheme.max_new_tokens)
     a_row = tokens("question", 0) + drawn
     batch = min(cfg.m_step.tokens_per_batch, cfg.m_step.batch_size * a_row) if train else 0
     add = cfg.peft.get("add") or {}

@@ -15,10 +15,9 @@ from emreason.questions.answers import gold_text
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
 from emreason.runs.checks import check_plain
-from emreason.runs.experiment import check_same_config
 from emreason.runs.keys import TRAIN_KEYS, check_known, check_trainer
 from emreason.runs.needs import free_on_gpu, free_on_host, needs
-from emreason.runs.summary import begun, nothing_left, read_summary
+from emreason.runs.summary import begun, ended, read_summary
 from emreason.schemes.samplers import Scheme
 from emreason.types import Question, Split, UserError
 
@@ -58,7 +57,7 @@ def plan(cfg: DictConfig, folder: Path) -> str:
         f"Baseline before: {baseline}; afterwards test, {sizes['test']} questions of at most {cfg.evaluation.max_new_tokens} tokens each",
         *_memory(cfg, dataset, scheme, sizes["train"]),
         f"On disk: {_disk(cfg)}",
-        f"Run folder: {folder} ({_state(cfg, folder)})",
+        f"Run folder: {folder} ({_state(cfg, folder, dataset)})",
     ]
     return "\n".join(lines)
 
@@ -122,7 +121,7 @@ def _disk(cfg: DictConfig) -> str:
     )
 
 
-def _state(cfg: DictConfig, folder: Path) -> str:
+def _state(cfg: DictConfig, folder: Path, dataset: Dataset) -> str:
     before: dict[str, Any] = read_summary(folder)
     if not before:
         return "new"
@@ -132,8 +131,7 @@ def _state(cfg: DictConfig, folder: Path) -> str:
         return f"{before.get('status')} before its first draw; it begins again"
     try:
         compared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "logger"])  # which is free to change
-        check_same_config(folder, OmegaConf.to_yaml(compared, resolve=True))
+        done = ended(folder, OmegaConf.to_yaml(compared, resolve=True), dataset, cfg.trainer.max_epochs, cfg.token_budget)
     except UserError as error:
         return f"would be refused: {error}"
-    left = "nothing to do" if nothing_left(before, cfg.trainer.max_epochs, cfg.token_budget) else "it would go on"
-    return f"{before.get('status')} after {len(before.get('iterations', []))} iterations; {left}"
+    return f"{before.get('status')} after {len(before.get('iterations', []))} iterations; {'nothing to do' if done else 'it would go on'}"

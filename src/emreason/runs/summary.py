@@ -1,4 +1,4 @@
-"""`summary.json`: what a run has come to, and on what."""
+"""`summary.json`: what a run has come to, and on what; and whether another command may go on with it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from emreason import __version__
-from emreason.progress import rank
+from emreason.progress import doing, rank
 from emreason.runs.journal import write_json
-from emreason.runs.keys import flatten
+from emreason.runs.keys import MAY_CHANGE, flatten, within
+from emreason.types import Split, UserError
+
+if TYPE_CHECKING:
+    from emreason.questions.datasets import Dataset
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "hydra-core", "vllm")
 
@@ -74,6 +82,85 @@ def nothing_left(before: dict[str, Any], max_epochs: int, token_budget: int | No
     """Whether a run with this summary has come to its end."""
     done = before.get("iterations", [])
     return before.get("status") == "finished" and len(done) >= iterations_wanted(done, max_epochs, token_budget)
+
+
+def ended(folder: Path, config: str, dataset: Dataset, max_epochs: int, token_budget: int | None) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do under this config; None where it begins or goes on.
+
+    Raises:
+        UserError: the run was begun under another config or with other questions.
+    """
+    before, path = read_summary(folder), folder / "config.yaml"
+    if begun(folder, before):
+        check_same_config(folder, config)
+        check_same_data(before.get("data"), dataset)
+    if not nothing_left(before, max_epochs, token_budget):
+        return None
+    if path.exists() and (merged := _merge(read_config(path))) != (asked := _merge(OmegaConf.create(config))):
+        raise UserError(f"peft.merge={asked}: this run is finished, its model/ written with {merged}; overwrite=true trains it again.")
+    return before
+
+
+def _merge(config: Any) -> bool:
+    return bool(OmegaConf.select(config, "peft.merge"))
+
+
+def check_same_config(folder: Path, config: str) -> None:
+    """Refuse to continue a run under another config.
+
+    Raises:
+        UserError: what `folder/config.yaml` says differs in a key that alters the run; names the keys and the ways out.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    before, now = flatten(OmegaConf.to_container(read_config(path))), flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    before, now = ({key: value for key, value in config.items() if value != {}} for config in (before, now))  # an empty group is no setting
+    differing = [
+        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not within(key, MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with another configuration ({'; '.join(differing[:8])}); "
+            "resume it with the old values, begin again with overwrite=true, or choose another tag=…."
+        )
+
+
+def check_same_data(before: Mapping[Split, str] | None, dataset: Dataset) -> None:
+    """Refuse to continue a run on other questions than it was begun with: splits would mix.
+
+    Args:
+        before: its `Dataset.fingerprint`; None of a run from before there was one.
+
+    Raises:
+        UserError: names the splits; or the data cannot be read.
+    """
+    if before is None:
+        return
+    with doing(f"Reading dataset {dataset.name}", at_once=False):
+        now = dataset.fingerprint()
+    if changed := [split for split in now if before.get(split) != now[split]]:
+        raise UserError(
+            f"The data of this run ({', '.join(changed)}) has changed since it began; restore it, begin again with overwrite=true, or "
+            "choose another tag=…."
+        )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: the file is not a config.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not YAML ({error}); restore it, or begin again with overwrite=true.") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is not a run's config; restore it, or begin again with overwrite=true.")
+    return config
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

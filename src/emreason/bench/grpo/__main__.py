@@ -79,6 +79,7 @@ def test(cfg: DictConfig, trained: str, folder: Path, n_examples: int) -> dict[s
     with open_dict(cfg):
         cfg.model.load = {"_target_": "emreason.models.loading.load_pretrained", "path": trained}
     ended = build(cfg)
+    ended.model.to(ended.device)
     questions = ended.dataset.questions("test")
     watch, forced = Stopwatch(), cfg.evaluation.forced
     with bar("Test", len(questions), "questions") as progress:
