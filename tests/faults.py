@@ -243,7 +243,7 @@ FAULTS = [
     ),
     fault(
         "evaluation: worked examples are not shown",
-        "em/evaluation.py",
+        "em/module.py",
         '"n_examples": n_examples, "forced"',
         '"n_examples": 0, "forced"',
         "tracking/test_recorder.py::test_baselines_with_and_without_examples_are_two_measurements",
@@ -279,8 +279,8 @@ FAULTS = [
     fault(
         "ranks: every rank trains on all",
         "em/steps.py",
-        "key=_longest)[rank::world_size]",
-        "key=_longest)",
+        "max(map(len, group)))[rank::world_size]",
+        "max(map(len, group)))",
         "em/test_datamodule.py::test_ranks_together_train_on_every_rationale_once_per_epoch",
     ),
     fault(
@@ -823,7 +823,7 @@ FAULTS = [
     fault(
         "pass@k: biased",
         "scores/stats.py",
-        "1.0 - np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))",
+        "1.0 - math.comb(n - correct, k) / math.comb(n, k)",
         "1.0 - (1.0 - correct / n) ** k",
         "scores/test_stats.py::test_pass_at_k_equals_the_combinatorial_formula",
     ),
@@ -1950,8 +1950,8 @@ FAULTS = [
     fault(
         "comparison: p is sent without Holm's correction",
         "reports/writing.py",
-        '"p_holm": pair.p_holm,',
-        '"p_holm": pair.difference.p,',
+        '"p_holm": p.p_holm,',
+        '"p_holm": p.difference.p,',
         "tracking/test_dashboard.py::test_the_comparison_tells_which_schemes_differ",
     ),
     fault(

@@ -37,7 +37,7 @@ class _Voice:
     """
 
     def __init__(self) -> None:
-        self.open: list[Bar | Doing] = []
+        self.open: list[Bar] = []
         self.said = time.monotonic()
         self.thread: threading.Thread | None = None
 
@@ -46,7 +46,7 @@ class _Voice:
         console().print(Text("\n".join(map(plain, line.split("\n")))), soft_wrap=True)
 
     @contextmanager
-    def during(self, work: Bar | Doing) -> Iterator[None]:
+    def during(self, work: Bar) -> Iterator[None]:
         self.open.append(work)
         self.said = time.monotonic()
         if self.thread is None or not self.thread.is_alive():
@@ -78,8 +78,8 @@ class Bar:
     """Counts units of work done, of which `resumed` were before it began, and tokens processed; `note` is shown beside them."""
 
     label: str
-    total: int
-    unit: str
+    total: int = 0
+    unit: str = ""
     progress: Progress | None = None
     resumed: int = 0
     done: int = 0
@@ -99,6 +99,8 @@ class Bar:
         if self.progress is not None:
             return ""
         seconds = time.monotonic() - self.started
+        if not self.unit:
+            return f"{self.label} · {seconds:.0f} s so far"
         fresh, rest = self.done - self.resumed, self.total - self.done
         # the first units come late and together: no estimate from them
         left = f" · {seconds / fresh * rest:.0f} s left" if fresh > 0.05 * (fresh + rest) else ""
@@ -129,23 +131,10 @@ def bar(label: str, total: int, unit: str, *, resumed: int = 0, enabled: bool = 
     _voice.say(f"{label}: {current.done}/{total} {unit} · {current._rate()} · {seconds:.1f} s")
 
 
-@dataclass
-class Doing:
-    """Work without units to count. `note` is said with the seconds it took."""
-
-    label: str
-    note: str = ""
-    started: float = field(default_factory=time.monotonic)
-
-    def line(self) -> str:
-        """What to say while it lasts."""
-        return f"{self.label} · {time.monotonic() - self.started:.0f} s so far"
-
-
 @contextmanager
-def doing(label: str, *, at_once: bool = True) -> Iterator[Doing]:
+def doing(label: str, *, at_once: bool = True) -> Iterator[Bar]:
     """Say what is done, that it still is, and how long it took. `at_once=False`: nothing unless it takes longer than `EVERY_S`."""
-    current = Doing(label)
+    current = Bar(label)
     if rank() > 0:
         yield current
         return

@@ -29,7 +29,6 @@ from emreason.em.module import EMModule
 from emreason.engines.inprocess import InProcessEngine
 from emreason.models.loading import load_pretrained, weights_fingerprint
 from emreason.models.sizes import gguf_cache
-from emreason.runs import experiment
 from emreason.types import Request, SamplingParams, UserError
 
 
@@ -196,7 +195,6 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
         return json.loads(result.read_text()) | {"process_seconds": time.perf_counter() - start, "peak_memory_bytes": 1}
 
-    patched = experiment.build, InProcessEngine.generate, torch.Tensor.backward
     monkeypatch.setenv("EMREASON_DATA_ROOT", str(hub.find_or_build_hub()))
     monkeypatch.setattr(bench, "run", run_here)
     monkeypatch.setattr(bench, "matmul_peak", lambda _: {"float32": 1.0})
@@ -220,14 +218,9 @@ def test_our_contenders_do_the_same_work(tmp_path, monkeypatch):
     assert iteration["seeds"] == 2
     assert iteration["iterations"] == [3, 3]  # the tiny model never gets there
     assert iteration["reached"] == 0
-    assert 0 < iteration["overhead"] < iteration["overhead_of_run"] < 1
-    work = {"decoding", "forward", "backward", "optimizer"}
-    assert set(iteration["seconds_inside"]) == work | {"loading", "checkpoints", "export"}
-    assert all(iteration["seconds_inside"].values())
     assert [r["questions"] for r in rows if "questions" in r] == [64, 256]
     assert result["growth"]["exponent"] > 0.5
     assert "of limit" in (tmp_path / "table.md").read_text()
-    assert patched == (experiment.build, InProcessEngine.generate, torch.Tensor.backward)  # the clock leaves nothing behind
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -23,9 +23,9 @@ from wandb_files import read_run
 from emreason.reports.comparison import compare
 from emreason.reports.reading import collect
 from emreason.reports.writing import comparison_records
-from emreason.tracking.dashboard import COLUMNS, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, publish_comparison, run_id
-from emreason.tracking.trackers import TrackioRun
-from emreason.tracking.workspace import NAME, SECTIONS, main
+from emreason.tracking.dashboard import COLUMNS, RUN_ID, TEXT_LIMIT, Iterations, WandbRun, finish, lay_out, publish_comparison
+from emreason.tracking.trackers import TrackioRun, known_as
+from emreason.tracking.workspace import NAME, SECTIONS, workspace
 from emreason.train import train
 from emreason.types import UserError
 
@@ -257,10 +257,9 @@ def test_the_view_is_made_with_the_first_run_and_never_costs_one(known, fails, s
     assert made == ([("me", "emreason", NAME)] if says == "W&B view: there" else [])
 
 
-def test_the_dashboards_specification_has_every_chart(tmp_path):
+def test_the_dashboards_specification_has_every_chart():
     pytest.importorskip("wandb_workspaces", reason="needs pip install 'emreason[dashboard]'")
-    main(["me", "--spec", str(tmp_path / "spec.json")])
-    view = json.loads((tmp_path / "spec.json").read_text())
+    view = json.loads(workspace("me", "emreason", NAME)._to_model().model_dump_json(by_alias=True, exclude_none=True))
     sections = view["spec"]["section"]["panelBankConfig"]["sections"]
     panels = {(s["name"], p["config"]["chartTitle"]): p["config"] for s in sections for p in s["panels"] if "chartTitle" in p["config"]}
     assert panels.keys() == {(name, chart.title) for name, charts in SECTIONS.items() for chart in charts}
@@ -282,9 +281,9 @@ def test_a_table_is_capped_in_rows_and_in_text(tmp_path):
 
 
 def test_a_run_keeps_its_id_and_another_folder_has_another(tmp_path):
-    assert run_id(tmp_path) == run_id(tmp_path)
+    assert known_as(tmp_path / RUN_ID) == known_as(tmp_path / RUN_ID)
     (tmp_path / "other").mkdir()
-    assert run_id(tmp_path / "other") != run_id(tmp_path)
+    assert known_as(tmp_path / "other" / RUN_ID) != known_as(tmp_path / RUN_ID)
 
 
 @pytest.mark.slow

@@ -16,19 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-from emreason.bench.contenders import Contender, chosen, run
+from emreason.bench.contenders import chosen, run
 from emreason.bench.peak import matmul_peak
 from emreason.bench.results import finish, growth, growth_line, markdown_of, over_seeds, rows_of, tables_of, title
 from emreason.bench.runners.family import SHAPES
 from emreason.bench.work import ITERATION, make_work
+from emreason.reports.forms import rich_table
 from emreason.runs.console import EXPECTED, one_sentence
 from emreason.runs.journal import write_atomic, write_json
-
-
-def works_of(contender: Contender, work: dict[str, Any]) -> list[str]:
-    """The pieces of work that a contender has rows for."""
-    named = {"E-step": list(work["shapes"]), "M-step": ["M-step"], "iteration": [ITERATION], "family": list(SHAPES)}
-    return named.get(contender.phase, [" ".join(contender.options)])
 
 
 def main() -> None:
@@ -71,14 +66,15 @@ def main() -> None:
         if result.get("sequences"):  # what ours sampled: all others draw as much, and train on it
             work |= {"sequences": result["sequences"][: work["steps"] * work["batch"]], "lengths": result["lengths"]}
             (out / "work.json").write_text(json.dumps(work), encoding="utf-8")
-        rows += rows_of(contender, result, works_of(contender, work))
+        named = {"E-step": list(work["shapes"]), "M-step": ["M-step"], "iteration": [ITERATION], "family": list(SHAPES)}
+        rows += rows_of(contender, result, named.get(contender.phase, [" ".join(contender.options)]))
         finish(rows, work["parameters"], max(about["peak_gflops"].values()), lora=work["lora"] is not None)
         bench = {**about, "rows": rows, "growth": growth(rows), "seconds": time.perf_counter() - start}
         write_json(out / "bench.json", bench)  # after each: an interrupted benchmark keeps what it has measured
         write_atomic(out / "table.md", markdown_of(bench))
     console.print(f"\n{title(bench)}\n")
     for table in tables_of(bench):
-        console.print(table, "\n")
+        console.print(rich_table(table, console.width), "\n")
     console.print(growth_line(bench["growth"]))
     console.print(f"{bench['seconds'] / 60:.0f} min. Written: {out / 'bench.json'}, {out / 'table.md'}")
 

@@ -101,13 +101,11 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def stand_in() -> None:
-    """What a run reads of xxhash and scipy, where they are not installed: a hash, and three functions."""
+    """What a run reads of xxhash and scipy, where they are not installed: a hash, and an interval."""
     if importlib.util.find_spec("xxhash") is None:
         _module("xxhash", xxh3_64=lambda: hashlib.blake2b(digest_size=8))
     if importlib.util.find_spec("scipy") is None:
-        _module(
-            "scipy", stats=_module("scipy.stats", binomtest=_Binomial), special=_module("scipy.special", logsumexp=_lse, softmax=_softmax)
-        )
+        _module("scipy", stats=_module("scipy.stats", binomtest=_Binomial))
 
 
 def _module(name: str, **content: Any) -> types.ModuleType:
@@ -126,18 +124,6 @@ class _Binomial:
         center, within = self.share + z * z / (2 * self.n), z * math.sqrt((self.share * (1 - self.share) + z * z / (4 * self.n)) / self.n)
         below = 1 + z * z / self.n
         return types.SimpleNamespace(low=(center - within) / below, high=(center + within) / below)
-
-
-def _lse(values: Any) -> float:
-    top = max(values)
-    return top + math.log(sum(math.exp(v - top) for v in values)) if top > -math.inf else top
-
-
-def _softmax(values: Any) -> Any:
-    import numpy as np
-
-    shifted = np.exp(np.asarray(values) - max(values))
-    return shifted / shifted.sum()
 
 
 if __name__ == "__main__":

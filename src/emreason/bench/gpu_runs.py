@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from emreason import evaluate as evaluation
 from emreason import train as training
 from emreason.bench.work import configured
 from emreason.em.module import EMModule
 from emreason.engines.gpu.graphs import Graphs
-from emreason.runs.experiment import CONF
+from emreason.runs.experiment import compose
 
 if TYPE_CHECKING:
     from emreason.bench.gpu_parts import Findings
@@ -54,13 +53,18 @@ def runs(found: Findings) -> None:
             training.train(cfg, Path(folder, "resumed"))
         training.train(cfg, Path(folder, "resumed"))
         states = [torch.load(next(Path(folder, name, "checkpoints").glob("last*")), map_location="cpu") for name in ("bfloat16", "resumed")]
-        apart = max(differences([state["master_weights"], state["optimizer_states"], state["state_dict"]] for state in states))
+        numbers = [tree_leaves([state[key] for key in ("master_weights", "optimizer_states", "state_dict")]) for state in states]
+        pairs = [
+            (torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*numbers, strict=True) if a is not None and not isinstance(a, str)
+        ]
+        apart = max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel())
         found.values["resumed_differs_by"] = apart
         found.expect(apart <= (1e-2 if found.on_gpu else 0.0), "a resumed run has other weights, masters or moments")
         found.clear()
         before = torch.cuda.memory_allocated() if found.on_gpu else 0
-        evaluated = configured_evaluation(found)
-        result = evaluation.evaluate(evaluated, Path(folder))
+        small = ["model=tiny_llama", "dataset=sums_2", "dataset.limit.test=4", "sampler.max_new_tokens=8"]
+        device = f"trainer.accelerator={'gpu' if found.on_gpu else 'cpu'}"
+        result = evaluation.evaluate(compose([*small, device], "evaluate")[0], Path(folder))
         found.values["evaluated"] = result["n"]
         found.expect(not found.on_gpu or torch.cuda.max_memory_allocated() > before, "an evaluation allocated nothing on the GPU")
 
@@ -75,25 +79,3 @@ def interrupted_in(iteration: int) -> Callable[..., None]:
         step(self, *arguments)
 
     return training_step
-
-
-def differences(pair: Iterator[Any]) -> Iterator[float]:
-    """Of all numbers in two things of the same make, the largest in each tensor."""
-    first, second = pair
-    if isinstance(first, Tensor):
-        yield float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
-    elif isinstance(first, dict):
-        for key in first:
-            yield from differences(iter((first[key], second[key])))
-    elif isinstance(first, list | tuple):
-        for both in zip(first, second, strict=True):
-            yield from differences(iter(both))
-    else:
-        yield float(first != second)
-
-
-def configured_evaluation(found: Findings) -> Any:
-    """The config of a small evaluation."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        device = f"trainer.accelerator={'gpu' if found.on_gpu else 'cpu'}"
-        return compose("evaluate", ["model=tiny_llama", "dataset=sums_2", "dataset.limit.test=4", "sampler.max_new_tokens=8", device])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 from emreason.engines.packing import bf16_products
 
@@ -21,7 +21,8 @@ def matmul_peak(device: str, size: int = 2048, repeats: int = 10) -> dict[str, f
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = min(_seconds(product, x, device, repeats) for product in _layouts(w))
+        timers = [Timer("f(x)", globals={"f": f, "x": x}, num_threads=torch.get_num_threads()) for f in _layouts(w)]
+        best = min(timer.timeit(1).mean for timer in timers for _ in range(repeats))
         peaks[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e9
     return peaks
 
@@ -32,19 +33,3 @@ def _layouts(w: Tensor) -> list[Callable[[Tensor], Tensor]]:
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(w))
         layouts.append(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
     return layouts
-
-
-def _seconds(product: Callable[[Tensor], Tensor], x: Tensor, device: str, repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        product(x)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()

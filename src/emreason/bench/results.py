@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from emreason.bench.contenders import EXACT, OURS, Contender
 from emreason.bench.work import TARGET
+from emreason.reports.forms import Entry, Table, markdown
 
 SAME_LOSS, SAME_ROUNDED = 1e-3, 0.02
 """Largest difference of a step's loss from ours in float32 that counts as the same work: absolute in float32, relative with bf16, whose
@@ -51,8 +49,6 @@ def over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(rows),
         "process_seconds": [r["process_seconds"] for r in results],
     }
-    if "seconds_inside" in rows[0]:
-        row["seconds_inside"] = {kind: fmean(r["seconds_inside"].get(kind, 0.0) for r in rows) for kind in rows[0]["seconds_inside"]}
     seconds, peak = fmean(row["process_seconds"]), max(r["peak_memory_bytes"] for r in results)
     return {"rows": [row], "dtype": results[0]["dtype"], "process_seconds": seconds, "peak_memory_bytes": peak}
 
@@ -101,8 +97,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if len(sampled) > 1:
         x, y = [math.log(row["questions"]) for row in sampled], [math.log(row["seconds"]) for row in sampled]
-        mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-        found["exponent"] = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        found["exponent"] = linear_regression(x, y).slope
         peaks = [row["peak_memory_bytes"] for row in sampled]
         found["memory_ratio"] = max(peaks) / min(peaks)
     if trained:
@@ -112,24 +107,21 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------------------
 
-Cells = list[tuple[list[str], list[list[str]]]]
-"""Sections: a header, and lines of cells; a contender that cannot run has two, its name and why."""
 
-
-def sections(bench: dict[str, Any]) -> Cells:
-    """The tables of a benchmark: a section per piece of work."""
-    found: Cells = []
-    works = dict.fromkeys((row["phase"], row["work"]) for row in bench["rows"])
-    for phase, work in works:
+def tables_of(bench: dict[str, Any]) -> list[Table]:
+    """A table per piece of work; a contender that cannot run has a row that says why."""
+    found = []
+    for phase, work in dict.fromkeys((row["phase"], row["work"]) for row in bench["rows"]):
         rows = [row for row in bench["rows"] if (row["phase"], row["work"]) == (phase, work)]
         columns = _columns(phase)
-        body = []
-        for row in rows:
-            if "error" in row:
-                body.append([row["contender"], f"cannot run: {row['error']}"])
-            else:
-                body.append([row["contender"], *(cell(row) for cell in columns.values())])
-        found.append(([work, *columns], body))
+        shown = [
+            [f"{row['contender']}, cannot run: {row['error']}", *["–"] * len(columns)]
+            if "error" in row
+            else [row["contender"], *(cell(row) for cell in columns.values())]
+            for row in rows
+        ]
+        numeric = [i for i, name in enumerate(columns, 1) if name not in ("dtype", "decoder", "same work", "note")]
+        found.append(Table("", [work, *columns], [[Entry(text) for text in row] for row in shown], tuple(numeric)))
     return found
 
 
@@ -152,13 +144,11 @@ def _columns(phase: str) -> dict[str, Any]:
             "evaluation s": parts["evaluation"],
             "loading etc. s": parts["other"],
         }
-        more = {"accepted": _number("accepted", ".0f"), "overhead": _number("overhead", ".1%")}
-        more["with start, end"] = _number("overhead_of_run", ".1%")
         learned = {
             "reached": lambda row: f"{row['reached']} of {row['seeds']}" if "reached" in row else "–",
             "after one iteration": _number("accuracy", ".0%"),
         }
-        return {"seconds": seconds, "theirs / ours": ours, **learned, **named, **more, "host GB": memory}
+        return {"seconds": seconds, "theirs / ours": ours, **learned, **named, "accepted": _number("accepted", ".0f"), "host GB": memory}
     if phase == "growth":
         return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "host GB": memory}
     if phase == "family":
@@ -191,28 +181,7 @@ def growth_line(found: dict[str, Any]) -> str:
     return "; ".join(said) + "." if said else ""
 
 
-def tables_of(bench: dict[str, Any]) -> list[Table]:
-    """For a terminal; why a contender cannot run stands below its table."""
-    tables = []
-    for header, body in sections(bench):
-        failed = [line for line in body if len(line) < len(header)]
-        said = "\n".join(": ".join(line) for line in failed)
-        table = Table(box=None, padding=(0, 1), header_style="bold", caption=Text(said) if said else None, caption_justify="left")
-        for i, column in enumerate(header):
-            table.add_column(column, justify="left" if i == 0 or column in ("dtype", "decoder", "same work", "note") else "right")
-        for line in body:
-            table.add_row(*map(Text, line if line not in failed else [line[0], *["–"] * (len(header) - 1)]))
-        tables.append(table)
-    return tables
-
-
 def markdown_of(bench: dict[str, Any]) -> str:
     """For `table.md`."""
-    lines = [f"**{title(bench)}**", ""]
-    for header, body in sections(bench):
-        lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-        lines += ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in line) + " |" for line in body]
-        lines.append("")
-    if said := growth_line(bench["growth"]):
-        lines += [said, ""]
-    return "\n".join(lines)
+    said = growth_line(bench["growth"])
+    return "\n".join([f"**{title(bench)}**\n", *map(markdown, tables_of(bench)), *([f"{said}\n"] if said else [])])

@@ -8,14 +8,13 @@ from typing import Any
 
 import hydra
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from emreason.models.loading import choose_dtype, weights_fingerprint
 from emreason.questions.prompts import Prompts
 from emreason.reproduce import local_model
 from emreason.runs.checks import quoted
-from emreason.runs.experiment import CONF
+from emreason.runs.experiment import compose
 
 MAX_NEW_TOKENS = 128
 STEPS, BATCH = 4, 8
@@ -34,8 +33,7 @@ GROWTH = {"terms": 4, "max_new_tokens": 24}
 
 def configured(*overrides: str) -> DictConfig:
     """The training config with `overrides`."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+    return compose(overrides)[0]
 
 
 def of_model(model: str) -> list[str]:

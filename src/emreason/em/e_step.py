@@ -89,7 +89,7 @@ class EStep(Callback):
         replayed = self.journal.read(iteration)
         before = max((r.seconds for r in replayed), default=0.0)
         trainer.strategy.barrier("journal read")
-        past = [self.journal.read(i) for i in range(iteration)] if self.scheme.needs_past else []
+        past = [self.journal.read(i) for i in range(iteration)] if self.scheme.persists or self.scheme.choose == "adaptive" else []
         questions = choose(self.questions, self.scheme, past, self.seed)
         mine = questions[trainer.global_rank :: trainer.world_size]
         attempts = self.draw(mine, module, replayed, iteration, lambda: before + watch.seconds)

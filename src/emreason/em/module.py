@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from emreason.em import checkpoints, evaluation, ranks
+from emreason.em import checkpoints, ranks
 from emreason.em.evaluation import Evaluation
 from emreason.em.m_step import MStep, accumulate, clip, scorer
 from emreason.em.shards import Shards
@@ -21,8 +22,10 @@ from emreason.engines.drawing import draw_seed
 from emreason.engines.vllm import VllmEngine
 from emreason.models.batches import Step
 from emreason.models.masters import master_weights, publish
+from emreason.progress import bar
 from emreason.questions.prompts import Prompts
-from emreason.scores.scoring import Prediction, Stopwatch
+from emreason.scores.likelihood import completion_logprobs, marginal_bounds, summarize
+from emreason.scores.scoring import Prediction, Stopwatch, predict, score
 from emreason.types import Engine, Question
 
 
@@ -183,14 +186,25 @@ class EMModule(L.LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, questions: list[Question], label: str, n_examples: int = 0) -> tuple[dict[str, Any], list[Prediction]]:
-        """SCORE and predictions of this rank's `questions` together with all other ranks'."""
-        return evaluation.evaluate(questions, (self.engine, self.prompts, self.tokenizer), self.evaluation, label, n_examples)
+    def evaluate(self, mine: list[Question], label: str, n_examples: int = 0) -> tuple[dict[str, Any], list[Prediction]]:
+        """SCORE and predictions of this rank's questions together with all other ranks', by greedy generation."""
+        watch, settings = Stopwatch(), self.evaluation
+        asked: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "n_examples": n_examples, "forced": settings.forced}
+        with bar(label, len(mine), "questions", enabled=ranks.rank_and_world()[0] == 0) as progress:
+            predictions = predict(mine, self.engine, self.prompts, self.tokenizer, **asked, bar=progress)
+        predictions = sorted(ranks.gather(predictions), key=lambda p: p.question_id)
+        return score(predictions, watch.seconds, settings.forced), predictions
 
-    def marginal(self, questions: list[Question], label: str) -> dict[str, float | None]:
+    def marginal(self, mine: list[Question], label: str) -> dict[str, float | None]:
         """`log_marginal` with its standard error, likewise."""
-        parts = (self.engine, self.prompts, self.tokenizer)
-        return evaluation.marginal(questions, self.model, parts, self.evaluation, self.seed, label)
+        rank, world = ranks.rank_and_world()
+        # the questions were dealt out in turn, so the first few of all are the first few of each rank
+        mine = mine[: max(0, -(-(self.evaluation.bound_questions - rank) // world))]
+        shown, scoring = (label, f"{label}, scoring") if rank == 0 else ("", "")
+        score_given = functools.partial(completion_logprobs, self.model, label=scoring)
+        asked: dict[str, Any] = {"k": self.evaluation.bound, "max_new_tokens": self.evaluation.max_new_tokens, "seed": self.seed}
+        bounds = marginal_bounds(mine, self.engine, self.prompts, self.tokenizer, score_given, **asked, label=shown)
+        return summarize(sorted(ranks.gather(bounds), key=lambda b: b.question_id))
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:  # noqa: ARG002
         self.finish_m_step()

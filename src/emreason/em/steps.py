@@ -10,7 +10,7 @@ from emreason.em.m_step import MStep
 from emreason.models.batches import Example, Step, bucket, collate
 from emreason.questions.prompts import Prompts, end_ids
 from emreason.schemes.diagnostics import shares
-from emreason.schemes.samplers import training_ids
+from emreason.schemes.samplers import by_question, training_ids
 from emreason.types import Question, Rationale, UserError
 
 
@@ -48,8 +48,8 @@ def make_steps(
                 "tokens": sum(len(e.completion_ids) for e in members),
             }[settings.normalize]
             # by length, but a question's rationales together: what they share is computed once
-            of_question = _by_question(members)
-            mine = [e for group in sorted(of_question.values(), key=_longest)[rank::world_size] for e in group]
+            of_question = by_question(members)
+            mine = [e for group in sorted(of_question.values(), key=lambda group: max(map(len, group)))[rank::world_size] for e in group]
             steps.append(Step([collate(c, [e.weight / denominator for e in c], pad_id) for c in bucket(mine, settings.tokens_per_batch)]))
     return steps
 
@@ -58,23 +58,12 @@ def _epoch(examples: Sequence[Example], n_questions: int, settings: MStep, shuff
     """One pass: the members of each optimizer step. Steps without any member are left out."""
     slots = [[example] for example in examples]
     if settings.normalize == "questions":
-        of_question = _by_question(examples)
+        of_question = by_question(examples)
         slots = [*of_question.values(), *([] for _ in range(n_questions - len(of_question)))]
     shuffle.shuffle(slots)
     chunks = [slots[i : i + settings.batch_size] for i in range(0, len(slots), settings.batch_size)]
     members = [[e for slot in chunk for e in slot] for chunk in chunks]
     return [chunk for chunk in members if chunk]
-
-
-def _by_question(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    found: dict[str, list[Example]] = {}
-    for example in examples:
-        found.setdefault(example.question_id, []).append(example)
-    return found
-
-
-def _longest(examples: Sequence[Example]) -> int:
-    return max(map(len, examples))
 
 
 def steps_of(

@@ -164,7 +164,6 @@ def still_table(still: Mapping[str, list[float] | None]) -> Table:
 def draw(curves: Mapping[str, Curve], still: Mapping[str, list[float] | None], path: Path) -> None:
     """Over EM iterations: the marginal likelihood, and the distance of each scheme from the posterior; the latter without M-steps, too."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from emreason.reports.figures import MARKERS, SOLID, SPARE, STYLE, USUAL
@@ -175,7 +174,6 @@ def draw(curves: Mapping[str, Curve], still: Mapping[str, list[float] | None], p
     colours |= {name: (spare[n % len(spare)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(others)}
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11.0, 3.3), layout="constrained")
-        FigureCanvasAgg(figure)
         left, right, last = figure.subplots(1, 3)
         for name, c in curves.items():
             style: dict[str, Any] = {"color": colours[name][0], "marker": colours[name][1], "label": name, **SOLID}

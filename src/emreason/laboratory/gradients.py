@@ -159,7 +159,6 @@ def table(model: Tabular, found: Mapping[str, Moments]) -> Table:
 def draw(model: Tabular, series: Mapping[str, Mapping[str, Moments]], path: Path) -> None:
     """Tokens until signal equals noise, by how much of ∇log π(y*|x) the expected update is; a line per scheme, a point per budget."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from emreason.reports.figures import MARKERS, SOLID, SPARE, STYLE
@@ -167,7 +166,6 @@ def draw(model: Tabular, series: Mapping[str, Mapping[str, Moments]], path: Path
     ascent = _ascent(model)
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         for i, found in enumerate(series.values()):
             at = [(float(m.mean.sum(0).norm() / ascent.norm()), m.cost) for m in found.values()]

@@ -68,11 +68,10 @@ def _product_seconds(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
 def load_pretrained(
     path: str,
     dtype: torch.dtype = torch.float32,
-    gguf_file: str | None = None,
     trust_remote_code: bool = False,
     quantization: str | None = None,
 ) -> LoadedModel:
-    """A causal LM and its tokenizer from a Hub id or a local folder (`gguf_file`: a GGUF inside it).
+    """A causal LM and its tokenizer from a Hub id or a local folder.
 
     Weights that are of `dtype` in the file are not read but mapped, privately: what is written to them stays in this process.
 
@@ -83,8 +82,6 @@ def load_pretrained(
     Raises:
         UserError: the model or its tokenizer cannot be loaded, do not belong together, or there is no EOS token.
     """
-    if gguf_file is not None:
-        return _load_gguf(Path(path), gguf_file, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -132,7 +129,7 @@ def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float3
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(f"The package {package!r} that carries {gguf_file} is not installed; run `make setup`, or choose another model=….")
-    return load_pretrained(str(Path(spec.origin).parent), dtype=dtype, gguf_file=gguf_file)
+    return load_gguf(str(Path(spec.origin).with_name(gguf_file)), dtype)
 
 
 def load_random(package: str, gguf_file: str, shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -158,18 +155,13 @@ def random_model(shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torc
 def load_gguf(path: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A local `.gguf` file."""
     file = Path(path)
-    return load_pretrained(str(file.parent), dtype=dtype, gguf_file=file.name)
-
-
-def _load_gguf(folder: Path, gguf_file: str, dtype: torch.dtype) -> LoadedModel:
-    file = folder / gguf_file
     if not file.is_file():
         raise UserError(f"model: {file} does not exist; give the path of a .gguf file.")
     cached = gguf_cache(file, str(dtype).removeprefix("torch."))
     if not (cached / "config.json").is_file():
-        with doing(f"Converting {gguf_file} once; kept in {cached}"):
+        with doing(f"Converting {file.name} once; kept in {cached}"):
             _remove_unused(cached.parent)
-            _convert(folder, gguf_file, dtype, cached)
+            _convert(file.parent, file.name, dtype, cached)
     with contextlib.suppress(OSError):  # a cache that somebody else owns
         os.utime(cached)
     return load_pretrained(str(cached), dtype=dtype)

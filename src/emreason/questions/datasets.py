@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,8 @@ class Dataset:
             loaded = list(loaded)
             for question in loaded:
                 check_types(question, where)
-            questions = [self._answered(question) for question in loaded if self._short_enough(question)]
+            most = self.max_choice_words or math.inf
+            questions = [self._answered(q) for q in loaded if all(len(choice.split()) <= most for choice in q.choices)]
             seen: set[str] = set()
             for question in questions:
                 check(question, f"{where}, question {question.id!r}")
@@ -119,9 +121,6 @@ class Dataset:
         if self.answer_as not in ("letter", "text"):
             raise UserError(f"dataset.answer_as must be letter or text, not {self.answer_as!r}.")
         return replace(question, answer_as=self.answer_as) if question.kind == "choice" else question
-
-    def _short_enough(self, question: Question) -> bool:
-        return self.max_choice_words is None or all(len(choice.split()) <= self.max_choice_words for choice in question.choices)
 
     def understood(self) -> str:
         """What the data is, in one line: `1,000 questions (600 train, …), kind number, e.g. 'Ann buys …' → 8`."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -65,7 +64,6 @@ def _draw(group: Sequence[Run], colours: dict[str, tuple[str, str]], name: str, 
     measured = {title: y for title, y in series.items() if any(value is not None for run in group for value in y(run))}
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(12.0, 5.6), layout="constrained")
-        FigureCanvasAgg(figure)
         parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
         above, below = parts
         axes: list[Axes] = above.subplots(1, len(measured), squeeze=False).ravel().tolist()

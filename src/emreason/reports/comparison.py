@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import fmean
 
 from emreason.reports.reading import Run, Score, by_place, read_predictions
 from emreason.scores import stats
@@ -161,7 +162,7 @@ def _cell(dataset: str, model: str, scheme: str, runs: Sequence[Run], pick: Call
     baseline = scheme in (ZERO_SHOT, FEW_SHOT)
     if not by_seed:
         return Cell(dataset, model, scheme, baseline, 0, None, None, None, "", None, 0)
-    means = [_mean([score.accuracy for score in scores]) for scores in by_seed.values()]
+    means = [fmean(score.accuracy for score in scores) for scores in by_seed.values()]
     scores = [score for group in by_seed.values() for score in group]
     mean, half = stats.mean_interval(means)
     if half is None or (baseline and len(set(means)) == 1):
@@ -171,11 +172,7 @@ def _cell(dataset: str, model: str, scheme: str, runs: Sequence[Run], pick: Call
         low, high, interval = mean - half, mean + half, "t"
     forced = [score.forced_accuracy for score in scores if score.forced_accuracy is not None]
     questions = max(score.n for score in scores)
-    return Cell(dataset, model, scheme, baseline, len(by_seed), mean, low, high, interval, _mean(forced) if forced else None, questions)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Cell(dataset, model, scheme, baseline, len(by_seed), mean, low, high, interval, fmean(forced) if forced else None, questions)
 
 
 Answers = dict[tuple[str, str], bool]

@@ -76,12 +76,8 @@ def acceptance_by_difficulty(runs: Sequence[Run]) -> dict[str, list[Share | None
             mine = own.get(question, [0, 0])
             correct, tried = (a - b for a, b in zip(pooled.get(question, [0, 0]), mine, strict=True))
             if tried and (iteration > 0) == later:
-                cell = counts.setdefault(run.label, [[0, 0] for _ in range(DECILES)])[_decile(correct / tried)]
+                decile = max(0, math.ceil(DECILES * correct / tried - 1e-9) - 1)  # 0 for a solve rate of [0, 0.1], 1 for (0.1, 0.2], …
+                cell = counts.setdefault(run.label, [[0, 0] for _ in range(DECILES)])[decile]
                 cell[0] += accepted
                 cell[1] += 1
     return {label: [(k / n, *stats.wilson(k, n)) if n else None for k, n in cells] for label, cells in counts.items()}
-
-
-def _decile(rate: float) -> int:
-    """0 for a solve rate of [0, 0.1], 1 for (0.1, 0.2], …"""
-    return max(0, math.ceil(DECILES * rate - 1e-9) - 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -175,11 +175,6 @@ def draw_all(runs: Sequence[Run], comparison: Comparison, out: Path) -> list[Dra
     return [figure for figure in figures if figure]
 
 
-def _few_shot(runs: Sequence[Run]) -> float | None:
-    scores = {run.seed: run.few_shot.accuracy for run in runs if run.few_shot}
-    return sum(scores.values()) / len(scores) if scores else None
-
-
 def curves_of(
     runs: Sequence[Run], x: Callable[[Run], list[float]], y: Callable[[Run], list[float | None]], counted: set[Path]
 ) -> dict[str, list[Curve]]:
@@ -216,9 +211,9 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 extras["chance acceptance"] = CHANCE
                 for line in lines:
                     ax.plot(line.x, np.multiply(line.y, scale), **CHANCE | {"color": colours[label][0]})
-            if plot.few_shot and (level := _few_shot(group)) is not None:
+            if plot.few_shot and (by_seed := {run.seed: run.few_shot.accuracy for run in group if run.few_shot}):
                 extras["few-shot (test)"] = BASELINE
-                ax.axhline(scale * level, **BASELINE)
+                ax.axhline(scale * fmean(by_seed.values()), **BASELINE)
             if plot.share:
                 top = min(max(ax.get_ylim()[1], 10.0), 103.0)  # a line at zero is not stretched over the panel
                 ax.set_ylim(min(0.0, -0.02 * top), top)
@@ -293,7 +288,6 @@ def _grid(groups: Sequence[Sequence[Run]], x_label: str, y_label: str) -> tuple[
     rows = -(-count // columns)
     width, height = (5.0, 3.3) if count == 1 else (3.2, 2.5)
     figure = Figure(figsize=(width * columns, height * rows + 0.35), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for ax, group in zip(axes, groups, strict=False):

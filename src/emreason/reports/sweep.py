@@ -3,7 +3,6 @@ is printed at the end."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -95,12 +94,8 @@ def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
     Lightning starts the other ranks with this process's own command line: inside a sweep each of them would begin the whole sweep again.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags = ("--config-dir", "--config-name", "--config-path")
-    for short, flag in zip(("-cd", "-cn", "-cp"), flags, strict=True):
-        parser.add_argument(short, flag)
-    given = vars(parser.parse_known_args()[0])
-    options = [f"{flag}={value}" for flag in flags if (value := given[flag.removeprefix("--").replace("-", "_")])]
+    sources = HydraConfig.get().runtime.config_sources
+    options = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     command = [sys.executable, "-m", "emreason.train", *options, *overrides, f'hydra.run.dir="{folder}"']
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's
     if done.returncode != 0:

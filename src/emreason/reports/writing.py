@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pandas import DataFrame
 from rich.console import Console
 from rich.text import Text
 
 from emreason.reports import forms, tables
 from emreason.reports.collapse import draw_collapse
-from emreason.reports.comparison import Comparison, Pair, compare
+from emreason.reports.comparison import Comparison, compare
 from emreason.reports.figures import draw_all, palette
 from emreason.reports.pages.page import draw_panels, render
 from emreason.reports.reading import Run
@@ -73,33 +72,23 @@ def _tables(runs: Sequence[Run], comparison: Comparison) -> dict[str, str]:
         f"## {listed.title}\n\n{forms.markdown(listed)}",
         f"## {told.title}\n\n{forms.markdown(told)}" if told.rows else "",
     ]
+    records = comparison_records(comparison) | {"runs": [record for run in runs for record in _run_records(run)]}
+    # numbers in full precision; None is an empty field
+    csv = {name: DataFrame(rows, dtype=object).to_csv(index=False) for name, rows in records.items()}
     return {
         "table.md": "\n".join(section for section in sections if section),
-        "table.csv": _csv(comparison_records(comparison)["schemes"]),
+        "table.csv": csv["schemes"],
         "table.tex": forms.latex(paper, tables.caption(), comparison.notes),
-        "pairs.csv": _csv(comparison_records(comparison)["pairs"]),
-        "runs.csv": _csv([record for run in runs for record in _run_records(run)]),
+        "pairs.csv": csv["pairs"],
+        "runs.csv": csv["runs"],
     }
 
 
 def comparison_records(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
     """Its rows as flat records: `schemes` with means and intervals, `pairs` with Holm's p."""
-    return {"schemes": [asdict(cell) for cell in comparison.cells], "pairs": [_pair_record(pair) for pair in comparison.pairs]}
-
-
-def _csv(rows: Sequence[dict[str, object]]) -> str:
-    """CSV with a header, numbers in full precision; None is an empty field."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _pair_record(pair: Pair) -> dict[str, object]:
-    """A pair as a flat CSV record; differences as shares, not percent."""
-    names = {"dataset": pair.dataset, "model": pair.model, "first": pair.first, "second": pair.second}
-    return names | asdict(pair.difference) | {"p_holm": pair.p_holm, "test": pair.test}
+    names = ("dataset", "model", "first", "second")
+    pairs = [{n: getattr(p, n) for n in names} | asdict(p.difference) | {"p_holm": p.p_holm, "test": p.test} for p in comparison.pairs]
+    return {"schemes": [asdict(cell) for cell in comparison.cells], "pairs": pairs}
 
 
 def _run_records(run: Run) -> list[dict[str, object]]:

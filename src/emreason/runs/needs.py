@@ -41,8 +41,13 @@ def needs(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, dty
     ranks = devices if device == "cpu" and type(devices) is int and devices > 0 else 1  # "auto", -1: one on a CPU
     phases = footprint(shape, work)
     where = "of each GPU" if device == "cuda" else f"of {ranks} processes" if ranks != 1 else ""
-    told = "; ".join(f"{phase} {ranks * total(parts) / GIB:.1f} GiB ({_parts(parts, ranks)})" for phase, parts in phases.items())
-    lines = [f"Memory {where + ', ' if where else ''}at most, estimated in {dtype}: {told}"]
+    told = []
+    for phase, parts in phases.items():
+        large = ", ".join(
+            f"{n} {ranks * b / GIB:.1f}" for n, b in sorted(parts.items(), key=lambda part: -part[1]) if ranks * b >= 0.05 * GIB
+        )
+        told.append(f"{phase} {ranks * total(parts) / GIB:.1f} GiB ({large})")
+    lines = [f"Memory {where + ', ' if where else ''}at most, estimated in {dtype}: {'; '.join(told)}"]
     if free is not None:
         lines[0] += f"; free: {free / GIB:.1f} GiB"
         if peak(shape, work) * ranks > free:
@@ -130,11 +135,6 @@ def _mends(work: Work) -> list[tuple[str, Work]]:
         words = ["engine.max_batch=8", "m_step.gradient_checkpointing=true", "engine.dtype=bfloat16", "peft=lora"]
         found.append((f"all of {' '.join(words)}", everything))
     return found
-
-
-def _parts(parts: Bytes, ranks: int) -> str:
-    shown = sorted(((size * ranks, name) for name, size in parts.items()), reverse=True)
-    return ", ".join(f"{name} {size / GIB:.1f}" for size, name in shown if size >= 0.05 * GIB)
 
 
 def _config(load: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -19,7 +19,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emreason.questions.answers import extract, stop_at_answer
 from emreason.questions.grammar.thinking import said, speech_start, without_marks
@@ -29,6 +29,7 @@ from emreason.types import Completion, Engine, Proposal, Question, Rationale, Re
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OfQuestion = TypeVar("OfQuestion", bound=Any)  # what has a `question_id`
 PROPOSALS = ("question", "rationalization")
 _ANSWER_LINE = re.compile(r"^[^\w\n]*(?:_[^\w\n]*)*(?:(?:final|the)[^\S\n]+){0,2}answer\b", re.IGNORECASE | re.MULTILINE)
 
@@ -172,11 +173,6 @@ class Scheme:
         return self.weigh in ("trice", "mh")
 
     @property
-    def needs_past(self) -> bool:
-        """Whether an E-step needs the attempts of earlier iterations."""
-        return self.persists or self.choose == "adaptive"
-
-    @property
     def params(self) -> SamplingParams:
         return SamplingParams(self.temperature, self.top_p, self.max_new_tokens)
 
@@ -254,9 +250,9 @@ def sample(
         yield rationale
 
 
-def by_question(attempts: Iterable[Rationale]) -> dict[str, list[Rationale]]:
+def by_question(attempts: Iterable[OfQuestion]) -> dict[str, list[OfQuestion]]:
     """The attempts at each question, by its id, in the order given."""
-    found: dict[str, list[Rationale]] = {}
+    found: dict[str, list[OfQuestion]] = {}
     for attempt in attempts:
         found.setdefault(attempt.question_id, []).append(attempt)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from scipy.special import logsumexp, softmax
+import numpy as np
 
 from emreason.engines.drawing import draw_seed
 from emreason.questions.prompts import Prompts
@@ -124,13 +124,13 @@ def normalized(accepted: Sequence[Rationale], scheme: Scheme) -> list[float]:
     if scheme.truncate is not None:
         limit = log_mean_weight(accepted, scheme) + math.log(scheme.truncate)
         logs = [min(value, limit) for value in logs]
-    shares: list[float] = softmax(logs).tolist()
+    shares: list[float] = np.exp(logs - np.logaddexp.reduce(logs)).tolist()
     return shares
 
 
 def log_mean_weight(accepted: Sequence[Rationale], scheme: Scheme) -> float:
     """log 1/K Σₖ wₖ over all K draws of a question, a wrong one weighing 0: its exponential is an unbiased estimate of π(y*|x)."""
-    return float(logsumexp([a.log_weight for a in accepted])) - math.log(len(scheme.tries))
+    return float(np.logaddexp.reduce([a.log_weight for a in accepted if a.log_weight is not None])) - math.log(len(scheme.tries))
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:

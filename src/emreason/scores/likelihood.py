@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -113,7 +113,10 @@ def marginal_bounds(
             progress.update(int(draw == k - 1), len(completion.token_ids))
     keys = [(q.id, i) for q in questions for i in range(k)]
     logs = iter(score([pair for key in keys for pair in pairs[key]]))
-    return [_bound(q.id, [float(logsumexp([next(logs) for _ in pairs[q.id, i]])) for i in range(k)], answered[q.id] / k) for q in questions]
+    return [
+        _bound(q.id, [float(np.logaddexp.reduce([next(logs) for _ in pairs[q.id, i]])) for i in range(k)], answered[q.id] / k)
+        for q in questions
+    ]
 
 
 def rationale_ids(
@@ -168,7 +171,7 @@ def summarize(bounds: Sequence[Bound]) -> dict[str, float | None]:
 
 
 def _bound(question_id: str, logs: Sequence[float], answered: float) -> Bound:
-    k, total = len(logs), float(logsumexp(logs))
+    k, total = len(logs), float(np.logaddexp.reduce(logs))
     if k == 1 or total == -math.inf:
         return Bound(question_id, total - math.log(k), None, answered)
     shares = [k * math.exp(v - total) for v in logs]  # πₖ / mean

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from emreason.em.e_step import iterations_done
 from emreason.progress import console, say
-from emreason.runs.journal import read_lines, write_atomic
+from emreason.runs.journal import read_lines
 from emreason.runs.summary import Summary, scalars
 from emreason.tracking import trackers
 from emreason.tracking.recorder import base_scores
@@ -51,6 +50,8 @@ class WandbRun(Logger):
         UserError: `offline` is False and there is no API key.
     """
 
+    name = "wandb"
+
     def __init__(
         self,
         folder: str,
@@ -73,14 +74,9 @@ class WandbRun(Logger):
             self.experiment = _start(self.folder, offline, project=project, entity=entity, config=config, **named)
 
     @property
-    def name(self) -> str:
-        return "wandb"
-
-    @property
     def version(self) -> str:
-        return run_id(self.folder)
+        return trackers.known_as(self.folder / RUN_ID)
 
-    @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The config is given when the run starts."""
 
@@ -185,14 +181,6 @@ def wandb_runs(trainer: L.Trainer) -> list[WandbRun]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbRun)] if trainer.is_global_zero else []
 
 
-def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made when first asked for."""
-    path = folder / RUN_ID
-    if not path.exists():
-        write_atomic(path, uuid.uuid4().hex[:12])
-    return path.read_text().strip()
-
-
 def finish(status: str) -> None:
     """Close the current W&B or Trackio run, if any, so that the next job of a sweep gets one of its own; not `finished` shows as failed."""
     trackers.finish()
@@ -239,7 +227,7 @@ def _start(folder: Path, offline: bool | None, **about: Any) -> Any:
     if offline is None:
         offline = keyless or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
     run = wandb.init(
-        id=run_id(folder),
+        id=trackers.known_as(folder / RUN_ID),
         name="/".join(folder.parts[-4:]),
         dir=str(folder),
         mode="offline" if offline else None,

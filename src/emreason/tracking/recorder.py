@@ -171,6 +171,8 @@ def write_predictions(folder: Path, name: str, predictions: list[Prediction]) ->
 class JsonlLogger(Logger):
     """Lightning's metrics as `metrics.jsonl`: one JSON object per logged step, on disk as it happens."""
 
+    name, version = "jsonl", ""
+
     def __init__(self, folder: Path, keep_below: int | None = None):
         super().__init__()
         self.path = folder / "metrics.jsonl"
@@ -180,15 +182,6 @@ class JsonlLogger(Logger):
             write_atomic(self.path, "".join(map(to_line, kept)))
         self._lines: JsonLines | None = None
 
-    @property
-    def name(self) -> str:
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The config is in `config.yaml`."""
 

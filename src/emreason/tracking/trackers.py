@@ -18,6 +18,13 @@ from emreason.runs.keys import flatten
 MLFLOW_ID, TRACKIO_ID = "mlflow_id", "trackio_id"  # files in the run folder
 
 
+def known_as(file: Path) -> str:
+    """The id in a file of the run folder, made when first asked for."""
+    if not file.exists():
+        write_atomic(file, uuid.uuid4().hex[:12])
+    return file.read_text().strip()
+
+
 class TrackioRun(Logger):
     """Lightning's metrics in Trackio, under the run folder's name and a number of its own: other tags end in the same folders.
 
@@ -26,6 +33,8 @@ class TrackioRun(Logger):
         space_id: a Space of the Hub that shows them; None: this machine.
     """
 
+    name = "trackio"
+
     def __init__(self, folder: str, project: str, group: str | None = None, space_id: str | None = None):
         super().__init__()
         self.folder = Path(folder).resolve()
@@ -33,20 +42,13 @@ class TrackioRun(Logger):
             import trackio
 
             about = {"project": project, "group": group, "space_id": space_id, "config": _config(self.folder)}
-            known = self.folder / TRACKIO_ID
-            if not known.exists():
-                write_atomic(known, uuid.uuid4().hex[:6])
-            self._run = trackio.init(name=f"{self.version} {known.read_text().strip()}", resume="allow", embed=False, **about)
-
-    @property
-    def name(self) -> str:
-        return "trackio"
+            name = f"{self.version} {known_as(self.folder / TRACKIO_ID)}"
+            self._run = trackio.init(name=name, resume="allow", embed=False, **about)
 
     @property
     def version(self) -> str:
         return "/".join(self.folder.parts[-4:])
 
-    @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The config is given when the run starts."""
 

@@ -1,17 +1,13 @@
 """`python -m emreason.tracking.workspace ENTITY`: a W&B workspace for the runs that `logger=wandb` sends, grouped by scheme.
 
-Needs `pip install 'emreason[dashboard]'`. With `--spec FILE` the layout is written as JSON and nothing is sent.
+Needs `pip install 'emreason[dashboard]'`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from emreason.runs.journal import write_atomic
 
 
 @dataclass(frozen=True)
@@ -112,28 +108,18 @@ def workspace(entity: str, project: str, name: str) -> Any:
     )
 
 
-def specification(made: Any) -> dict[str, Any]:
-    """What `save()` would send."""
-    return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The command: make the workspace, or write its specification."""
+    """The command: make the workspace."""
     parser = argparse.ArgumentParser(prog="python -m emreason.tracking.workspace", description="A W&B workspace for emreason's runs.")
     parser.add_argument("entity", help="your W&B user or team")
     parser.add_argument("--project", default="emreason", help="logger.wandb.project of the runs (default: emreason)")
     parser.add_argument("--name", default=NAME, help="of the saved view")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="write the specification as JSON and send nothing")
     arguments = parser.parse_args(argv)
     try:
         made = workspace(arguments.entity, arguments.project, arguments.name)
     except ImportError as error:
         raise SystemExit(f"error: {error.name} is not installed; run pip install 'emreason[dashboard]'.") from None
-    if arguments.spec:
-        write_atomic(arguments.spec, json.dumps(specification(made), indent=2) + "\n")
-        print(f"Written: {arguments.spec}")
-    else:
-        print(f"Workspace: {made.save().url}")
+    print(f"Workspace: {made.save().url}")
 
 
 if __name__ == "__main__":

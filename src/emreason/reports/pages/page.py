@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import Environment
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -97,23 +96,10 @@ def sample_rationales(runs: Sequence[Run]) -> list[SimpleNamespace]:
 
 def _sample(run: Run, row: dict[str, Any]) -> SimpleNamespace:
     """An attempt as the page shows it."""
-    return SimpleNamespace(
-        scheme=run.label,
-        dataset=run.dataset,
-        model=run.model,
-        seed=run.seed,
-        iteration=row["iteration"],
-        accepted=bool(row["accepted"]),
-        proposal=row.get("proposal", ""),
-        attempt=row.get("attempt", ""),
-        question_id=str(row["question_id"]),
-        question=_cut(row.get("question")),
-        gold=_cut(row.get("gold")),
-        answer=None if row.get("answer") is None else _cut(row["answer"]),
-        text=_cut(row["text"]),
-        n_tokens=row.get("n_tokens", ""),
-        finish_reason=row.get("finish_reason", ""),
-    )
+    plain = {key: row.get(key, "") for key in ("iteration", "accepted", "proposal", "attempt", "n_tokens", "finish_reason")}
+    texts = {key: _cut(row.get(key)) for key in ("question_id", "question", "gold", "text")}
+    answer = None if row.get("answer") is None else _cut(row["answer"])
+    return SimpleNamespace(scheme=run.label, dataset=run.dataset, model=run.model, seed=run.seed, answer=answer, **plain, **texts)
 
 
 def _cut(text: object) -> str:
@@ -176,7 +162,6 @@ def _draw_panels(runs: Sequence[Run], counted: set[Path], colours: dict[str, tup
     rows = -(-len(panels) // PANEL_COLUMNS)
     with rc_context(STYLE | {"font.size": 7.0, "axes.titlesize": 7.5, "axes.labelsize": 7.0, "legend.fontsize": 6.0}):  # type: ignore[arg-type]
         figure = Figure(figsize=(3.1 * PANEL_COLUMNS, 2.0 * rows + 0.4))
-        FigureCanvasAgg(figure)
         for n, (chart, curves) in enumerate(panels, start=1):
             ax = figure.add_subplot(rows, PANEL_COLUMNS, n, title=chart.title)
             for (key, lines), dashes in zip(curves.items(), DASHES, strict=False):
