@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
 from emreason.engines.server import Server
 from emreason.types import UserError
@@ -92,6 +93,30 @@ def test_a_server_that_goes_away_in_mid_answer_is_one_sentence(served, end):
     assert isinstance(last, UserError)
     assert "the connection was lost" in str(last)
     assert "the same command resumes the run" in str(last)
+
+
+def test_weights_that_did_not_arrive_whole_are_not_taken_for_the_old_ones(served, monkeypatch, tiny):
+    """A run that is killed while it hands weights over; a server that is started anew."""
+    there = {"weight_version": "default"}
+    server = served(lambda _: None)
+
+    def ask(path, body=None):
+        if path == "/update_weight_version":
+            there["weight_version"] = body["new_version"]
+        return there | {"success": True}
+
+    monkeypatch.setattr(server, "_ask", ask)
+    assert server.wants(tiny[0])
+    server.took(tiny[0])
+    assert server.holds()
+    assert not server.wants(tiny[0])
+    held = dict(there)
+    with torch.no_grad():
+        next(tiny[0].parameters()).add_(1)
+    assert server.wants(tiny[0])  # and is killed
+    assert there != held
+    there["weight_version"] = "default"
+    assert not server.holds()
 
 
 def test_an_answer_that_is_whole_is_no_loss(served):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
+import subprocess
 import sys
 import types
 from collections import deque
@@ -15,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from emreason.engines import handover, vllm
-from emreason.engines.handover import packed, pieces, roomy, unpacked, version
+from emreason.engines.handover import packed, passing, pieces, roomy, unpacked, version
 from emreason.engines.vllm import VllmEngine, apart, share
 from emreason.models.loading import add_lora
 from emreason.models.masters import dithered
@@ -247,6 +249,18 @@ def test_pieces_hold_every_weight_once_and_stay_small(tiny, monkeypatch):
     assert [name for piece in found for name, _ in piece] == [name for name, _ in model.named_parameters()]
     assert all(len(piece) == 1 or sum(t.nbytes for _, t in piece) <= 20_000 for piece in found)
     assert len(found) > 3
+
+
+def test_what_a_killed_run_left_in_shared_memory_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, living, another = (
+        tmp_path / f"emreason-{name}-x" for name in (f"{platform.node()}-{ended.pid}", f"{platform.node()}-1", "other-9")
+    )
+    for folder in (left, living, another):
+        folder.mkdir()
+    made = passing(str(tmp_path))
+    assert [folder.exists() for folder in (left, living, another, made)] == [False, True, True, True]
 
 
 def test_files_go_where_there_is_room(monkeypatch):

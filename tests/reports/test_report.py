@@ -232,7 +232,7 @@ def test_mean_interval_bold_and_significance(grid):
     assert {(p.first, p.second) for p in comparison.pairs} == {("RS-4", "STaR"), ("RS-4", "PPS"), ("STaR", "PPS")} | {
         (scheme, "few-shot baseline") for scheme in ("RS-4", "STaR", "PPS")
     }
-    assert {pair.test for pair in comparison.pairs} == {"paired bootstrap"}
+    assert {pair.test for pair in comparison.pairs} == {"paired bootstrap, t"}
     assert comparison.notes == []
     main([str(grid), "--out", str(grid / "r")])
     table = (grid / "r/table.md").read_text()

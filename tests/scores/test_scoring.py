@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import ScriptedEngine, letters, numbers
 
-from emreason.scores.scoring import predict, score
+from emreason.scores.scoring import forced_params, line_said, predict, score
+from emreason.types import Question
 
 
 def answers(tokenizer, prompts, questions, script, **more):
@@ -72,3 +73,15 @@ def test_position_bias_shows(prompts, tokenizer):
 def test_numbers_have_no_positions(prompts, tokenizer):
     _, values, _ = answers(tokenizer, prompts, numbers(3), lambda _: "Answer: 1")
     assert values["accuracy_by_position"] == {}
+
+
+@pytest.mark.parametrize("gold", ["1,450,000", r"\left( 3, \frac{\pi}{2} \right)"])
+def test_a_long_answer_has_room_after_the_cue(tokenizer, gold):
+    question = Question("q", "Which?", gold.replace(",", "") if gold[0] == "1" else gold, "number" if gold[0] == "1" else "text")
+    assert forced_params(question, tokenizer).max_new_tokens >= len(tokenizer.encode(gold, add_special_tokens=False))
+    assert forced_params(Question("q", "Which?", "17", "number"), tokenizer).max_new_tokens == 8
+
+
+def test_an_answer_on_the_line_after_the_cue_is_waited_for(tokenizer):
+    over = line_said(tokenizer)
+    assert [over(tokenizer.encode(text, add_special_tokens=False)) for text in ("\n", "\n\n", "\n4\n", "4\n")] == [False, False, True, True]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,6 +126,17 @@ def test_mean_interval():
 def test_pass_at_k_equals_the_combinatorial_formula(case):
     n, c, k = case
     assert stats.pass_at_k(n, c, k) == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k))
+
+
+def test_seeds_that_differ_much_widen_the_interval_and_raise_p():
+    first = [{q: q < right for q in range(100)} for right in (60, 90)]
+    second = [{q: q < 50 for q in range(100)} for _ in first]
+    alone, found = stats.paired_bootstrap(first, second), stats.paired(first, second)
+    assert alone.p < 0.01 < 0.2 < found.p
+    assert found.low < alone.low
+    assert found.high > alone.high
+    assert found.p == pytest.approx(scipy.stats.ttest_1samp([0.1, 0.4], 0).pvalue)
+    assert stats.paired(first[:1], second[:1]) == stats.paired_bootstrap(first[:1], second[:1])
 
 
 def test_pass_at_k_bounds():

@@ -29,9 +29,9 @@ def make_steps(
     How a step is weighed (`settings.normalize`), with B = `settings.batch_size`:
 
     - `questions`: a step covers B *questions*, those without an accepted rationale contribute zero, and the sum is divided by B. It is
-      the minibatch estimate of the paper's update Σᵢ rᵢ ∇log π / n: a scheme that accepts little also moves little. Where a scheme keeps
-      several rationales of a question, they are in one step together, each with its weight.
-    - `rationales`: a step covers B *accepted rationales* and takes their mean, whatever the acceptance rate.
+      the minibatch estimate of the paper's update Σᵢ rᵢ ∇log π / n. Where a scheme keeps several rationales of a question, they are in one
+      step together, each with its weight.
+    - `rationales`: a step covers B *accepted rationales* and takes their mean: as many fewer steps as are accepted.
     - `tokens`: like `rationales`, but the mean is over supervised tokens, so long rationales count more.
 
     Args:

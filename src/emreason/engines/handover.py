@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -77,7 +79,7 @@ def hand_over(model: nn.Module, dtype: torch.dtype, call: Call, *, on_device: bo
                 call("take_weights", packed(kept, piece))
                 continue
             # a first piece may be one tensor larger than PIECE_BYTES
-            where = where or Path(tempfile.mkdtemp(prefix="emreason-", dir=folder or roomy(2 * sum(t.nbytes for _, t in piece))))
+            where = where or passing(folder or roomy(2 * sum(t.nbytes for _, t in piece)) or tempfile.gettempdir())
             file = where / "weights.safetensors"
             save_file({name: tensor.cpu().contiguous() for name, tensor in piece}, file)
             call("take_weights", str(file))
@@ -85,6 +87,21 @@ def hand_over(model: nn.Module, dtype: torch.dtype, call: Call, *, on_device: bo
         if where is not None:
             shutil.rmtree(where, ignore_errors=True)
     call("end_weights")
+
+
+def passing(above: str) -> Path:
+    """A folder in `above` for files that pass through; those that processes of this machine were killed over are removed."""
+    mine = f"emreason-{platform.node()}-"
+    for left in Path(above).glob(f"{mine}*-*"):
+        owner = left.name.removeprefix(mine).partition("-")[0]
+        if owner.isdecimal():
+            try:
+                os.kill(int(owner), 0)  # asks whether it lives
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+            except OSError:
+                continue  # somebody else's
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=above))
 
 
 def roomy(needed: int) -> str | None:

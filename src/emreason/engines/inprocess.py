@@ -144,7 +144,10 @@ class InProcessEngine:
                                 raise
                         if full:  # outside the handler, whose traceback would keep the old cache alive
                             unfinished = [row.request for row in batch.live()] if batch is not None else []
-                            self._halve(len(unfinished))
+                            if batch is None or 2 * len(unfinished) > batch.most:
+                                self._halve(len(unfinished))
+                            else:  # the last few: the rows of those that have ended took the memory
+                                log.warning("Out of memory with the last %d completions; they are drawn again", len(unfinished))
                             requests.extendleft(reversed(unfinished))
                             batch = None
                             release_memory()
@@ -187,6 +190,7 @@ class _Batch:
             self.graphs = Graphs(recorder()) if recorder else None
         self.rows: list[_Row] = []
         self.free: list[int] = []  # rows that have just finished
+        self.most = 0  # rows at once so far: the cache has as many
         self.changed = True  # since `state` was made: token, cached positions, seed, tokens drawn of each row, int64 [4, B]
 
     def live(self) -> list[_Row]:
@@ -215,6 +219,7 @@ class _Batch:
                 self.rows.append(row)
         self.changed |= bool(arrivals or self.free)
         if arrivals:
+            self.most = max(self.most, len(self.rows))
             self.decoder.reserve(len(self.rows), max(self.rows[i].length + min(self.rows[i].room, RESERVED) for i in arrivals))
         while arrivals:
             arrivals = self._prefill(arrivals)

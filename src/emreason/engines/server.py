@@ -52,6 +52,7 @@ class Server:
         self._threads = ThreadPoolExecutor(max_batch, thread_name_prefix="vllm")
         self._drawn: queue.SimpleQueue[tuple[threading.Event, Drawn | Exception]] = queue.SimpleQueue()
         self._running: dict[str, threading.Event] = {}
+        self._wanted: str | None = None
 
     def add(self, name: str, prompt_ids: list[int], params: dict[str, Any]) -> None:
         self._running[name] = dropped = threading.Event()
@@ -108,12 +109,17 @@ class Server:
 
     def wants(self, model: nn.Module) -> bool:
         """Whether this rank is to hand the weights over: the first one does, if they are others than those there; the others wait."""
-        wanted = weights_fingerprint(model)
-        while self._ask("/weight_info")["weight_version"] != wanted:
+        self._wanted = weights_fingerprint(model)
+        while not self.holds():
             if rank() == 0:
+                self._ask("/update_weight_version", {"new_version": "incomplete"})  # until they are there whole
                 return True
             time.sleep(0.2)
         return False
+
+    def holds(self) -> bool:
+        """Whether it still has what was wanted last: it may have been started anew."""
+        return bool(self._ask("/weight_info")["weight_version"] == self._wanted)
 
     def took(self, model: nn.Module) -> None:
         while not self._ask("/reset_prefix_cache", {})["success"]:

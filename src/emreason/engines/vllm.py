@@ -161,7 +161,7 @@ class VllmEngine:
             self._vllm = LocalVllm(self._start())
         held = version(self.model)
         with self._vllm.awake():  # its weights' memory first: no room is needed for K/V while they are loaded (vllm#29341)
-            if held != self._held and self._vllm.wants(self.model):
+            if (held != self._held or not self._vllm.holds()) and self._vllm.wants(self.model):
                 hand_over(self.model, self.dtype, self._vllm.call, on_device=self._through_gpu(), folder=self.shared)
                 self._vllm.took(self.model)
         self._held = held
@@ -233,6 +233,9 @@ class LocalVllm:
         self.llm.collective_rpc(name, args=arguments)
 
     def wants(self, model: nn.Module) -> bool:  # noqa: ARG002
+        return True
+
+    def holds(self) -> bool:
         return True
 
     def took(self, model: nn.Module) -> None:  # noqa: ARG002

@@ -202,9 +202,9 @@ def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
 
 
 def _paired(first: list[Answers], second: list[Answers]) -> tuple[stats.Difference, str]:
-    difference = stats.paired_bootstrap(first, second)
+    difference = stats.paired(first, second)
     if len(first) > 1:
-        return difference, "paired bootstrap"  # over questions and seeds
+        return difference, "paired bootstrap, t"
     # One seed: the exact test needs no resampling.
     shared = sorted(first[0].keys() & second[0].keys())
     exact = stats.mcnemar([first[0][q] for q in shared], [second[0][q] for q in shared])

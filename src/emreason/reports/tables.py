@@ -64,7 +64,7 @@ def pairs_table(comparison: Comparison) -> Table:
     ]
     columns = ["dataset", "model", "pair", "difference (points)", "p", "p (Holm)", "seeds", "questions", "test"]
     return Table(
-        "Paired comparisons (bootstrap over questions and seeds; within one seed exact McNemar, against the baseline only)",
+        "Paired comparisons (bootstrap over questions and seeds and t-test over seeds, the larger p; one seed: exact McNemar)",
         columns,
         rows,
         (3, 4, 5, 6, 7),

@@ -125,6 +125,8 @@ def read(cfg: DictConfig) -> Settings:
     try_optimizer(optimizer)
     if cfg.hub.push:
         _check_token()
+    if cfg.trainer.get("deterministic") is True and on(cfg) == "cuda":
+        raise UserError("trainer.deterministic=true: PyTorch has no deterministic cumsum for a GPU, which drawing needs; use warn.")
     return Settings(
         identity(cfg),
         OmegaConf.to_yaml(cfg, resolve=True, sort_keys=False),
@@ -239,6 +241,10 @@ def build(cfg: DictConfig, dtype: str | None = None, dataset: Dataset | None = N
         elif cfg.model.load.get("quantization") and "m_step" in cfg:
             raise UserError(
                 f"model.load.quantization={cfg.model.load.quantization}: such weights are not trained; add adapters: peft=lora."
+            )
+        if ("m_step" in cfg or cfg.get("bound")) and any(each.is_prompt_learning for each in getattr(model, "peft_config", {}).values()):
+            raise UserError(
+                "Adapters that are prompts (prefix tuning and the like) are drawn from, not trained or scored here; use peft=lora."
             )
         loading.note = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {str(chosen).removeprefix('torch.')}"
     engine = hydra.utils.instantiate({k: v for k, v in cfg.engine.items() if k != "dtype"}, _partial_=True)(model, tokenizer)

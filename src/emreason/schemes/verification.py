@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from emreason.questions.answers import correct
 from emreason.questions.prompts import Prompts
 from emreason.scores.likelihood import at_cue
-from emreason.scores.scoring import answer_at_cue, forced_params
+from emreason.scores.scoring import answer_at_cue, forced_params, line_said
 from emreason.types import Completion, Question, Rationale, Request
 
 
@@ -15,7 +15,7 @@ def asked_again(rationale: Rationale, question: Question, prompts: Prompts, toke
     """The plain zero-shot prompt, the rationale without its answer statement and the cue `Answer:`, to be answered greedily."""
     context = at_cue(prompts.ids(question), rationale.token_ids, tokenizer)
     key = (question.id, rationale.attempt, "again")
-    return Request(key, context, forced_params(question, tokenizer), stop=lambda _: True)
+    return Request(key, context, forced_params(question, tokenizer), stop=line_said(tokenizer))
 
 
 def leads_to_gold(completion: Completion, question: Question, tokenizer: PreTrainedTokenizerBase) -> bool:

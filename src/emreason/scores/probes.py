@@ -38,7 +38,7 @@ def faithful(
     for i, r in enumerate(rationales):
         if r.answer is not None:
             question = questions[r.question_id]
-            stated = replace(question, answer=r.answer, verify=None)
+            stated = replace(question, answer=r.answer, aliases=(), verify=None)
             asked[i] = stated, at_cue(prompts.ids(question), r.token_ids, tokenizer)
     return [correct(answer, asked[i][0]) for i, answer in answered_at_cue(asked, engine, tokenizer, bar).items()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from emreason.scores.stats import wilson
 from emreason.types import Completion, Engine, Question, Request, SamplingParams
 
 FORCED_TOKENS = 8
-"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a number, too few to reason on. A choice's text adds its own."""
+"""Tokens decoded after a forced `Answer:` cue: enough for a letter or a small number, too few to reason on. Longer answers get more."""
 
 MIN_SHARED = 8
 """Shortest common prefix that is worth a pass of its own."""
@@ -114,7 +114,8 @@ def answered_at_cue(
     asked: Mapping[Asked, tuple[Question, tuple[int, ...]]], engine: Engine, tokenizer: PreTrainedTokenizerBase, bar: Bar | None = None
 ) -> dict[Asked, str | None]:
     """What the model answers, greedily, where its context ends with the cue `Answer:`; those that do not fit the context are left out."""
-    queue = deque(Request(key, ids, forced_params(q, tokenizer), stop=lambda _: True) for key, (q, ids) in asked.items())
+    stop = line_said(tokenizer)
+    queue = deque(Request(key, ids, forced_params(q, tokenizer), stop=stop) for key, (q, ids) in asked.items())
     answers = {}
     for completion in engine.generate(queue):
         key: Any = completion.request.key
@@ -131,11 +132,23 @@ def answer_at_cue(completion: Completion, question: Question, tokenizer: PreTrai
     return extract(f"Answer: {line}", question)
 
 
+def line_said(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], bool]:
+    """Whether the line after the cue is over, asked where there is a line break: one before any word is not the end."""
+    return lambda ids: bool(str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip())
+
+
 def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
-    """Greedy, with room for a letter or a number, or for the longest choice where its text is the answer."""
-    texts = question.choices if question.answer_as == "text" else ()
-    longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in texts), default=0)
-    return SamplingParams(temperature=0.0, max_new_tokens=FORCED_TOKENS + longest)
+    """Greedy, with room for a letter, for the longest choice where its text is the answer, or for a number or text twice as long as the
+    gold one, whose spelling need not be the shortest."""
+
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    if question.kind == "choice":
+        room = FORCED_TOKENS + max(map(length, question.choices if question.answer_as == "text" else ()), default=0)
+    else:
+        room = max(FORCED_TOKENS, 2 * length(gold_text(question)) + 2)
+    return SamplingParams(temperature=0.0, max_new_tokens=room)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
