@@ -385,6 +385,14 @@ def test_init_base_starts_every_m_step_from_the_base_weights(tmp_path, dtype):
     assert from_base == [True, False] * 2
 
 
+def test_an_iteration_that_is_skipped_leaves_the_model_as_it_is(tmp_path):
+    questions = numbers(8)
+    module = em_module(m_step=MStep(init="base", batch_size=4, on_zero_accepted="skip"), lr=0.1)
+    before = [p.detach().clone() for p in module.trainable()]
+    fit(tmp_path, questions, gold_script(questions, lambda _: module.current_epoch == 0), module=module, epochs=2)
+    assert not any(torch.equal(b, p) for b, p in zip(before, module.trainable(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("m_step", "expected"),
     [

@@ -103,6 +103,7 @@ class EStep(Callback):
         order = {question.id: i for i, question in enumerate(self.questions)}
         weighed = sorted(weighed, key=lambda r: (order[r.question_id], r.iteration, r.attempt))
         everything = [r for r in weighed if r.iteration == iteration]
+        module.learns = any(r.weight for r in weighed)
         if trainer.is_global_zero:
             self.journal.finalize(iteration, (journal_record(by_id[r.question_id], r) for r in everything))
             if errored := [r.question_id for r in everything if r.finish_reason == "error"]:

@@ -64,6 +64,7 @@ class EMModule(L.LightningModule):
         self.predictions: dict[str, list[Prediction]] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.m_step_record: dict[str, Any] = {}
+        self.learns = True  # the E-step has something for this iteration's M-step
         self._base = [p.detach().cpu().clone() for p in self.trainable()] if m_step.init == "base" else []
         self._masters: list[nn.Parameter] = []
         self._restored_masters: list[Tensor] | None = None
@@ -117,7 +118,7 @@ class EMModule(L.LightningModule):
         self._watch = Stopwatch()
         self._sums, self._steps = torch.zeros(2, dtype=torch.float64), 0
         optimizer: Any = self.optimizers()
-        if self.m_step.init == "base":
+        if self.m_step.init == "base" and self.learns:
             with torch.no_grad():
                 trained = self.trainable() if self._shards is None else self._shards.pieces()
                 for parameter, base in zip(trained, self._base, strict=True):
