@@ -6,8 +6,10 @@ import json
 
 import pytest
 from omegaconf import OmegaConf
+from peft import PromptTuningConfig, get_peft_model
 from test_config import compose_config
 
+from emreason.models.tiny import load_tiny
 from emreason.runs.plan import plan
 from emreason.runs.summary import read_summary
 from emreason.train import train
@@ -90,6 +92,15 @@ def test_a_server_that_is_lost_is_not_told_as_another_rank(tmp_path, monkeypatch
     monkeypatch.setattr("emreason.train._run", lost)
     with pytest.raises(UserError, match="the connection was lost"):
         train(config(), tmp_path)
+
+
+def test_an_adapter_that_is_a_prompt_is_not_trained(tmp_path):
+    """Its virtual tokens are in what the engine draws, and were in no log-probability."""
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_tiny("llama", seed=0)[0], prompt).save_pretrained(tmp_path / "prompt")
+    add = f"{{_target_: emreason.models.loading.load_adapter, _partial_: true, folder: {tmp_path / 'prompt'}}}"
+    with pytest.raises(UserError, match="prefix tuning"):
+        train(config(f"+peft.add={add}"), tmp_path / "run")
 
 
 def test_a_bad_budget_is_refused(tmp_path):

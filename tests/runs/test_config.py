@@ -278,6 +278,15 @@ def test_several_loggers_and_callbacks_at_once(tmp_path):
     assert [each.name for each in read(cfg).loggers(tmp_path)] == ["csv"]
 
 
+def test_what_a_gpu_cannot_draw_deterministically_is_refused(monkeypatch):
+    cfg = compose_config("experiment=smoke", "+trainer.deterministic=true")
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    assert read(cfg).seed == 1
+    monkeypatch.setattr(experiment, "on", lambda _: "cuda")
+    with pytest.raises(UserError, match="use warn"):
+        read(cfg)
+
+
 def test_the_evaluation_config_composes():
     cfg = compose_config(name="evaluate")
     assert cfg.split == "test"
