@@ -124,6 +124,7 @@ def test_trice_remembers_every_earlier_iteration(tmp_path):
     assert len(drawn) == (2 + 3) * len(questions)
     remembered = [b.question_ids[i] for s in e_step._steps[1] for b in s.batches for i in (b.weights > 0).nonzero()[:, 0]]
     assert sorted(remembered) == [q.id for q in questions]
+    assert (e_step.record["rationales"], e_step.record["kept"]) == (0, len(questions))
 
 
 class Apart(ScriptedEngine):

@@ -113,6 +113,8 @@ class EStep(Callback):
                 )  # fmt: skip
         trainer.strategy.barrier("journal written")
         self.record = e_step_record(iteration, questions, everything, self.scheme, before + watch.seconds)
+        if self.scheme.persists:  # trained on beside this iteration's `rationales`
+            self.record["kept"] = sum(r.weight > 0 for r in weighed if r.iteration < iteration)
         if trainer.is_global_zero and everything and self.record["extraction_rate"] < 0.5 and not self.scheme.n_examples(iteration):
             say(
                 f"E-step {iteration}: {shares(everything)}; worked examples show the form (dataset.demonstrations, sampler.worked_examples)"

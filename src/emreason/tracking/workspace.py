@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Accepted at the first try", ("e_step/first_try_rate",)),
         Chart("Questions of whose draws none, some, all are right", _of("e_step", "none_right", "some_right", "all_right")),
         Chart("Questions", _of("e_step", "questions", "accepted", "rejected", "errored")),
-        Chart("Draws, and rationales trained on", _of("e_step", "attempts", "rationales", "rejected_trained")),
+        Chart("Draws, and rationales trained on", _of("e_step", "attempts", "rationales", "kept", "rejected_trained")),
         Chart("Length of an accepted rationale (tokens)", _of("e_step", "rationale_tokens_mean", "trivial_tokens_mean")),
         Chart("Length of all draws (10th percentile, mean, 90th)", _of("e_step", "draw_tokens_p10", "draw_tokens_mean", "draw_tokens_p90")),
         Chart("Entropy per token, nats", ("e_step/entropy",)),
