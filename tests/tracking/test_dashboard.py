@@ -187,7 +187,7 @@ def test_the_dashboard_shows_what_is_logged(sweep):
     assert {key for key in shown - logged if not re.fullmatch(r"(validation|test)/accuracy_by_position/[A-E]", key)} == {
         "e_step/chance_acceptance",  # needs choices, which sums have not
         *("e_step/effective_sample_size", "e_step/log_marginal_iw"),  # of schemes that weigh by importance
-        "e_step/move_rate",  # of chains
+        *("e_step/move_rate", "e_step/kept"),  # of chains
         *("e_step/faithful_rate", "e_step/logprob_gap"),  # measured on request; of vLLM
         *(f"validation/{key}" for key in ("kl_per_token", "kl_per_token_se", "log_marginal", "log_marginal_se")),
         *(f"validation/{key}" for key in ("log_marginal_mc_se", "log_marginal_answered")),
