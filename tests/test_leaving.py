@@ -132,7 +132,12 @@ def test_a_runs_card_chats_and_merged_model_go_to_the_hub(tmp_path, monkeypatch,
     # the model, where it is not to be kept
     emreason.run(*JOB, "keep_model=false")
     assert (folder / "model").exists()  # that of a finished run was kept on purpose
-    emreason.run(*JOB, "keep_model=false", "overwrite=true")
+    hub.refuses = True
+    with pytest.raises(UserError, match="the run is finished"):
+        emreason.run(*JOB, "keep_model=false", "hub.push=me/third", "overwrite=true")
+    assert (folder / "model").exists()  # until it is uploaded
+    hub.refuses = False
+    assert emreason.run(*JOB, "keep_model=false", "hub.push=me/third")["pushed"]["to"] == "me/third"
     assert not (folder / "model").exists()
     assert list(folder.glob("rationales/*.jsonl*"))
     with pytest.raises(UserError, match="keep_model=true overwrite=true"):

@@ -81,6 +81,10 @@ def test_other_data_under_a_begun_run_is_refused(tmp_path, monkeypatch):
             train(again, tmp_path / "run")
         assert "would be refused: The data" in plan(again, tmp_path / "run")
     assert read_summary(tmp_path / "run")["status"] == "finished"  # a refused one is left as it is
+    (tmp_path / "mine.jsonl").unlink()  # a finished run can be looked at without its data
+    assert train(config(*given, "trainer.max_epochs=1"), tmp_path / "run")["test"] == first["test"]
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
+        train(more, tmp_path / "run")
     (tmp_path / "mine.jsonl").write_text("\n".join(rows))
     assert len(train(more, tmp_path / "run")["iterations"]) == 2
 

@@ -115,9 +115,7 @@ def test_a_finished_run_is_not_repeated_and_another_config_is_refused(finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["rationales/iteration=000.jsonl", "rationales/iteration=001.jsonl", "checkpoints/last.ckpt", "model.partial"]
-)
+@pytest.mark.parametrize("moment", ["rationales/iteration=001.jsonl", "checkpoints/last.ckpt", "model.partial"])
 def test_kill_9_and_the_same_command_gives_the_same_result(finished, tmp_path, moment):
     folder = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -247,6 +247,8 @@ def _task(cfg: DictConfig) -> float:
     for key, value in result.items():
         if isinstance(value, float):
             table.add_row(key, f"{value:.3f}")
+    if result.get("errored"):
+        table.add_row("too long for the model's window", str(result["errored"]))
     table.add_row("n", str(result["n"]))
     table.add_row("95 % interval of accuracy", "{:.3f} – {:.3f}".format(*result["ci95"]))
     Console().print(table)

@@ -27,7 +27,7 @@ from emreason.runs import help
 from emreason.runs.console import EXPECTED, one_sentence, report_errors
 from emreason.runs.experiment import CONF, Experiment, Settings, compose, identity, read
 from emreason.runs.journal import Journal, locked, write_atomic, write_json
-from emreason.runs.summary import Summary, best_iteration, ended, iterations_wanted, read_summary
+from emreason.runs.summary import Summary, best_iteration, ended, iterations_wanted, read_config, read_summary
 from emreason.types import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if done := None if settings.overwrite else ended(folder, *asked):
             if first:
                 console().print(f"Finished already: {folder}", highlight=False)
-            return _left(settings, folder, done, "checkpoints")  # a model that is there was kept on purpose
+            own = OmegaConf.select(read_config(folder / "config.yaml"), "keep_model")
+            # a model that is there was kept on purpose, unless the run itself was to keep none and its upload failed
+            return _left(settings, folder, done, "checkpoints", *(["model"] if own is False else []))
         if first:
             write_atomic(folder / "config.yaml", settings.text)
         return _left(settings, folder, _train(settings, folder), "model", "checkpoints")

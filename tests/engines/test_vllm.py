@@ -254,13 +254,13 @@ def test_pieces_hold_every_weight_once_and_stay_small(tiny, monkeypatch):
 def test_what_a_killed_run_left_in_shared_memory_is_removed(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left, living, another = (
-        tmp_path / f"emreason-{name}-x" for name in (f"{platform.node()}-{ended.pid}", f"{platform.node()}-1", "other-9")
-    )
-    for folder in (left, living, another):
+    mine = passing(str(tmp_path)).name.partition(f"{os.getpid()}-")[0]  # of this host and this space of process numbers
+    names = (f"{mine}{ended.pid}", f"{mine}1", f"emreason-{platform.node()}-1-{ended.pid}", "emreason-other-9")
+    left, living, container, another = folders = [tmp_path / f"{name}-x" for name in names]
+    for folder in folders:
         folder.mkdir()
     made = passing(str(tmp_path))
-    assert [folder.exists() for folder in (left, living, another, made)] == [False, True, True, True]
+    assert [folder.exists() for folder in (left, living, container, another, made)] == [False, True, True, True, True]
 
 
 def test_files_go_where_there_is_room(monkeypatch):

@@ -96,9 +96,9 @@ SUMS = [((3, 5, 9), 17), ((2, 4, 4), 10), ((7, 1, 6), 14)]
 @pytest.mark.real
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_m_step_in_bfloat16_learns_what_float32_learns(lora):
-    """On the real model, the loss after 1, 2 and 6 steps. Rounding to nearest loses the first ones: 109 %, 6 % and 2,600 % off."""
+    """On the real model, the loss after 1 and 2 steps. Rounding to nearest loses the first ones: 109 and 6 % off."""
     exact, rounded = real_losses(torch.float32, lora), real_losses(torch.bfloat16, lora)
-    assert [rounded[after] for after in (1, 2, 6)] == pytest.approx([exact[after] for after in (1, 2, 6)], rel=0.1, abs=1e-3)
+    assert rounded[1:] == pytest.approx(exact[1:], rel=0.1, abs=1e-3)
 
 
 def real_losses(dtype, lora):
@@ -115,7 +115,7 @@ def real_losses(dtype, lora):
         ids = (*tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_token_id)
         examples.append(Example(question.id, prompts.ids(question), ids))
     batch = collate(examples, [1 / sum(len(e.completion_ids) for e in examples)] * len(examples), tokenizer.pad_token_id)
-    return losses_of(module, [Step([batch])] * 7)
+    return losses_of(module, [Step([batch])] * 3)
 
 
 def test_an_exported_merged_model_has_learned_what_its_adapter_has(tmp_path):

@@ -53,7 +53,8 @@ def test_out_of_memory_halves_the_batch_and_draws_the_same(monkeypatch, caplog, 
     assert not caplog.records  # said once
 
 
-def test_the_last_few_long_ones_do_not_halve_the_batch_for_ever(monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("last", [3, 9])
+def test_the_last_long_ones_do_not_halve_the_batch_for_ever(monkeypatch, caplog, last) -> None:
     """The cache keeps the rows of those that have ended, and it is the long ones' width that it has no room for."""
     model, tokenizer = load_tiny("llama", seed=0)
     grow = FusedDecoder.reserve
@@ -68,7 +69,7 @@ def test_the_last_few_long_ones_do_not_halve_the_batch_for_ever(monkeypatch, cap
     engine.eos_ids = frozenset()
 
     def outcome():
-        queue = deque(Request(i, (5, 6), SamplingParams(max_new_tokens=n), seed=i) for i, n in enumerate([20] * 20 + [230] * 3))
+        queue = deque(Request(i, (5, 6), SamplingParams(max_new_tokens=n), seed=i) for i, n in enumerate([20] * (23 - last) + [230] * last))
         return {c.request.key: c.token_ids for c in engine.generate(queue)}
 
     expected = outcome()
@@ -76,7 +77,7 @@ def test_the_last_few_long_ones_do_not_halve_the_batch_for_ever(monkeypatch, cap
     monkeypatch.setattr(inprocess, "RESERVED", 16)
     assert outcome() == expected
     assert engine.max_batch == 16
-    assert [r.getMessage() for r in caplog.records] == ["Out of memory with the last 3 completions; they are drawn again"]
+    assert [r.getMessage() for r in caplog.records] == [f"Out of memory with the last {last} completions; they are drawn again"]
 
 
 def test_out_of_memory_with_one_row_names_what_to_change(monkeypatch) -> None:

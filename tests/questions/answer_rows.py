@@ -471,6 +471,8 @@ NUMBERS: list[tuple[str, str | None]] = [
     ("Answer: 1st", None),
     ("Answer: 18-year-old", None),
     ("Answer: 2 dozen", None),
+    ("Answer: 3 fifths of the cake", None),
+    ("Answer: 25 pi", None),
     ("Answer: 5 million", None),
     ("Answer: 5k", None),
     ("Answer: 5 feet 6 inches", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.answers import correct, extract, normalise, parse_number
-from emreason.questions.datasets import SPLITS, Dataset, explain_sum, make_sums, sum_examples
+from emreason.questions.datasets import SPLITS, Dataset, cut, explain_sum, identity, make_sums, sum_examples
 from emreason.questions.hub import load_hub, load_mmlu
 from emreason.questions.prompts import Prompts, PromptTemplate, render_completion
 from emreason.types import Question, UserError
@@ -170,13 +171,26 @@ def test_overlap_is_counted_and_dropped():
         assert dataset.overlap() == {"train_test": 2, "train_validation": 1, "examples_test": 1}
 
 
+def test_one_stem_with_other_choices_is_another_question():
+    stem = "Which statement is true?"
+    asked = [Question(f"{i}", stem, "A", "choice", (f"a{i}", f"b{i}")) for i in range(10)]
+    again = replace(asked[3], id="again", choices=asked[3].choices[::-1], answer="B")
+    parts = cut([*asked, again], SPLITS, "mine")
+    assert {split: len({identity(q) for q in part}) for split, part in parts.items()} == {"train": 6, "validation": 2, "test": 2}
+    assert sum("3" in {q.id for q in part} and "again" in {q.id for q in part} for part in parts.values()) == 1  # kept together
+    shown = [{"question": stem, "answer": "A", "choices": ["x", "y"], "rationale": "So."}]
+    dataset = Dataset("mine", lambda split: parts[split], TEMPLATE, shown, drop_overlap=True)
+    assert len(dataset.questions("train")) == len(parts["train"])
+    assert dataset.overlap() == {"train_test": 0, "train_validation": 0, "examples_test": 0}
+
+
 @pytest.mark.real
 def test_drop_overlap(hub):
     dataset = build("openbookqa", "dataset.drop_overlap=true", data_root=hub)
     train = dataset.questions("train")
     assert len(train) < 4952
     for split in ("validation", "test"):
-        assert not {normalise(question.text) for question in train} & {normalise(question.text) for question in dataset.questions(split)}
+        assert not {identity(question) for question in train} & {identity(question) for question in dataset.questions(split)}
     assert len(dataset.questions("test")) == 500
 
 

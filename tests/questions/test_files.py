@@ -122,7 +122,7 @@ def test_a_file_that_cannot_be_split(tmp_path):
         ([GOOD, {**GOOD, "question": ""}], "line 2: `question` is missing"),
         ([GOOD, {"question": "?", "answer": "A"}], "line 2: `choices` is missing"),
         ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "line 2: the id 'x' is already that of line 1"),
-        ([{**GOOD, "choices": ["Same", "same."]}], "line 1: two choices are alike ('Same')"),
+        ([{**GOOD, "choices": ["Same", "Same "]}], "line 1: two choices are alike ('Same')"),
         ([{**GOOD, "choices": ["x"]}], "line 1: `choices` must be a list of 2 to 26 strings"),
         ([{**GOOD, "choices": "x, y"}], "line 1: `choices` must be a JSON list"),
         ([GOOD, "", "{oops"], "line 3 is not JSON"),

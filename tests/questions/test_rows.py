@@ -67,7 +67,7 @@ def test_options_in_columns(header, gold):
         {"choices": [*PQRS, None], "answer": "B"},
         {"choices": [*PQRS, ""], "answer": "B"},
         {"choices": [*PQRS, NAN], "answer": "B"},
-        {"choices": [*PQRS, "nan"], "answer": "B"},
+        {"choices": [*PQRS, "nan"], "answer": "B"},  # pandas' filling
         {"choices": ["p", None, "q", "r", "s"], "answer": "C"},  # the letter counts the empty place, what is shown does not
         {"option_a": "p", "option_b": "q", "option_c": "r", "option_d": "s", "option_e": None, "answer": "B"},
     ],
@@ -115,6 +115,31 @@ def test_a_label_that_is_another_choice_s_text_is_not_guessed():
         questions(rows(choices=["B", "A"], answer="A"))
     assert questions(rows(choices=["B", "A"], answer="A"), gold="text")[0].answer == "B"
     assert questions(rows(choices={"label": ["A", "B"], "text": ["B", "A"]}, answer="A"))[0].answer == "A"  # the file's own label
+
+
+def test_choices_that_are_words_for_nothing_stay():
+    asked = rows(3, choices=["null", "undefined", "NaN", "0"], answer="B")
+    assert said(questions(asked)) == [("B", ("null", "undefined", "NaN", "0"))] * 3
+    assert said(questions(rows(3, A="p", B="q", C="null", answer="B"))) == [("B", ("p", "q"))] * 3  # a table's column
+
+
+def test_choices_that_differ_in_case_or_marks_stay():
+    assert said(questions(rows(3, choices=["TT", "Tt", "tt"], answer="Tt"))) == [("B", ("TT", "Tt", "tt"))] * 3
+    assert said(questions(rows(3, choices=["5", "5!", "4"], answer=["A", "B", "C"][1]))) == [("B", ("5", "5!", "4"))] * 3
+
+
+def test_a_gold_number_is_its_choice_however_it_is_written():
+    in_columns = {"A": "1,000", "B": "2,000", "C": "3,000", "D": "4,000"}
+    assert said(questions(rows(3, **in_columns, answer="2000"))) == [("B", tuple(in_columns.values()))] * 3
+    assert [q.answer for q in questions(rows(3, choices=["$5", "$6"], answer=5))] == ["A"] * 3
+    with pytest.raises(UserError, match=r"dataset\.load\.gold="):  # the second place, or the choice 1.0
+        questions(rows(3, choices=["3.0", "1.0", "2.0"], answer=1))
+
+
+def test_an_array_as_pandas_writes_it_is_refused():
+    with pytest.raises(UserError, match="line 1: `answer` is a list without commas"):
+        questions(rows(3, answer="['14' '15']"))
+    assert questions(rows(3, answer="['it is', \"a 'b' 'c'\"]"))[0].aliases == ("a 'b' 'c'",)
 
 
 def test_numbers_called_a_and_b_are_no_choices():

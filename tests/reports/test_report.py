@@ -542,6 +542,35 @@ def test_runs_that_differ_in_what_changes_nothing_are_one_scheme(tmp_path):
     assert {run.label for run in collect([tmp_path])} == {"RS-4"}
 
 
+def test_the_same_data_elsewhere_is_one_scheme_and_other_data_are_two(tmp_path):
+    for seed, data in enumerate(["x", "x", "y"], 1):
+        write_run(tmp_path / str(seed), seed=seed, config=f"dataset:\n  path: /disk{seed}/my.jsonl\n", data={"test": data})
+    assert {run.label for run in collect([tmp_path / "1", tmp_path / "2"])} == {"RS-4"}
+    assert len({run.label for run in collect([tmp_path])}) == 3
+
+
+def test_a_scheme_is_compared_with_the_baseline_of_its_own_settings(tmp_path):
+    """A mean over baselines of one and of eight worked examples is of nothing."""
+    for shots, few in ((1, 0.2), (8, 0.8)):
+        for seed in (1, 2):
+            folder = write_run(tmp_path / f"{shots}/{seed}", seed=seed, config=f"evaluation:\n  few_shot: {shots}\n")
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["baseline"]["few_shot"] = score(few)
+            (folder / "summary.json").write_text(json.dumps(summary))
+            path = folder / "predictions/baseline_few_shot_test.jsonl"
+            lines = [json.loads(line) | {"correct": n < 100 * few} for n, line in enumerate(path.read_text().splitlines())]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compare(collect([tmp_path]))
+    one, eight = (f"RS-4 · evaluation.few_shot={shots}" for shots in (1, 8))
+    measured = {cell.scheme: round(cell.accuracy, 3) for cell in found.cells if cell.baseline}
+    assert measured == {"zero-shot baseline": 0.0, f"few-shot baseline of {one}": 0.2, f"few-shot baseline of {eight}": 0.8}
+    own = FINAL["rs"] - 0.015
+    differences = {(p.first, p.second): round(p.difference.estimate, 3) for p in found.pairs}
+    assert differences[one, f"few-shot baseline of {one}"] == pytest.approx(own - 0.2)
+    assert differences[eight, f"few-shot baseline of {eight}"] == pytest.approx(own - 0.8)
+    assert len(differences) == 3
+
+
 def test_a_scheme_keeps_its_colour_from_report_to_report(tmp_path):
     for sampler in NAMES:
         write_run(tmp_path / sampler, sampler, iterations=1)

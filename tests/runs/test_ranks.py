@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from test_train import BIN, SMOKE, assert_same, learned, smoke
 
 from emreason import train
 from emreason.runs.checks import check_values
+from emreason.runs.experiment import CONF
 from emreason.types import UserError
 
 HERE = Path(__file__).parent
@@ -125,6 +127,24 @@ def test_a_sweep_of_runs_of_two_ranks_starts_each_job_once(tmp_path):
     assert done.stderr.count("E-step 0: 20/20") == 2
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/**/summary.json")]
     assert sorted((s["seed"], s["status"]) for s in summaries) == [(1, "finished"), (2, "finished")]
+
+
+def test_a_sweep_s_job_of_two_ranks_has_the_configs_of_the_sweep(tmp_path, monkeypatch):
+    own, given = tmp_path / "own", tmp_path / "given"
+    shutil.copytree(CONF, own)
+    given.mkdir()
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[3:6])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("emreason.reports.sweep.subprocess.run", run)
+    monkeypatch.setattr(sys, "argv", ["emreason", "-m", f"--config-path={own}", f"--config-dir={given}", *SMOKE, *DDP, "seed=1"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert commands == [[f"--config-path={own}", f"--config-dir={given}", "--config-name=train"]]
 
 
 def as_nodes(launcher: str, *overrides: str) -> list[str]:

@@ -177,12 +177,14 @@ def test_a_key_that_would_do_nothing_is_refused():
         scheme("rs", truncate=2)
 
 
-@pytest.mark.parametrize("text", ["Answer: C", "C", "\nAnswer: 12\n", "The answer is (B).", "As given.\nAnswer: 3"])
+@pytest.mark.parametrize("text", ["Answer: C", "C", "\nAnswer: 12\n", "The answer is (B).", "As given.\nAnswer: 3", "好的。\nAnswer: A"])
 def test_trivial(text):
     assert is_trivial(text)
 
 
-@pytest.mark.parametrize("text", ["3 + 5 = 8. 8 + 9 = 17.\nAnswer: 17", "Plants need light to grow.\nThe answer is (B)."])
+@pytest.mark.parametrize(
+    "text", ["3 + 5 = 8. 8 + 9 = 17.\nAnswer: 17", "Plants need light to grow.\nThe answer is (B).", "植物需要阳光\nAnswer: A"]
+)
 def test_not_trivial(text):
     assert not is_trivial(text)
 

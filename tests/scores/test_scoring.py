@@ -79,7 +79,12 @@ def test_numbers_have_no_positions(prompts, tokenizer):
 def test_a_long_answer_has_room_after_the_cue(tokenizer, gold):
     question = Question("q", "Which?", gold.replace(",", "") if gold[0] == "1" else gold, "number" if gold[0] == "1" else "text")
     assert forced_params(question, tokenizer).max_new_tokens >= len(tokenizer.encode(gold, add_special_tokens=False))
-    assert forced_params(Question("q", "Which?", "17", "number"), tokenizer).max_new_tokens == 8
+    assert forced_params(Question("q", "Which?", "17", "number"), tokenizer).max_new_tokens == 18  # \\(\\frac{34}{2}\\) has room
+
+
+def test_the_longest_right_spelling_has_room_after_the_cue(tokenizer):
+    aliased = Question("q", "Which?", "USSR", "text", aliases=("Союз Советских Социалистических Республик",))
+    assert forced_params(aliased, tokenizer).max_new_tokens > len(tokenizer.encode(aliased.aliases[0], add_special_tokens=False))
 
 
 def test_an_answer_on_the_line_after_the_cue_is_waited_for(tokenizer):

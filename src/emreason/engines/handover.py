@@ -91,7 +91,8 @@ def hand_over(model: nn.Module, dtype: torch.dtype, call: Call, *, on_device: bo
 
 def passing(above: str) -> Path:
     """A folder in `above` for files that pass through; those that processes of this machine were killed over are removed."""
-    mine = f"emreason-{platform.node()}-"
+    space = Path("/proc/self/ns/pid")  # containers may share a host's name and have processes of their own
+    mine = f"emreason-{platform.node()}-{space.stat().st_ino if space.exists() else 0}-"
     for left in Path(above).glob(f"{mine}*-*"):
         owner = left.name.removeprefix(mine).partition("-")[0]
         if owner.isdecimal():

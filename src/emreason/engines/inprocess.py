@@ -144,9 +144,9 @@ class InProcessEngine:
                                 raise
                         if full:  # outside the handler, whose traceback would keep the old cache alive
                             unfinished = [row.request for row in batch.live()] if batch is not None else []
-                            if batch is None or 2 * len(unfinished) > batch.most:
+                            if batch is None or len(unfinished) == batch.most:
                                 self._halve(len(unfinished))
-                            else:  # the last few: the rows of those that have ended took the memory
+                            else:  # the last ones: the rows of those that have ended took the memory
                                 log.warning("Out of memory with the last %d completions; they are drawn again", len(unfinished))
                             requests.extendleft(reversed(unfinished))
                             batch = None

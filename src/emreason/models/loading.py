@@ -129,7 +129,7 @@ def load_package(package: str, gguf_file: str, dtype: torch.dtype = torch.float3
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(f"The package {package!r} that carries {gguf_file} is not installed; run `make setup`, or choose another model=….")
-    return load_gguf(str(Path(spec.origin).with_name(gguf_file)), dtype)
+    return load_gguf(str(Path(spec.origin).parent / gguf_file), dtype)
 
 
 def load_random(package: str, gguf_file: str, shape: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:

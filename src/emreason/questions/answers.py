@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
+from unicodedata import category
 
 from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
@@ -234,7 +235,9 @@ def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, b
     said = {_core(text) for text in (told, bracketed, re.split(r"[.;!](?:\s|$)", told, maxsplit=1)[0])}
     choices = [_core(undressed(choice)) for choice in question.choices]
     own = choices[question.letters.index(letter)]
-    if _begins(_core(told), own) and _goes_on(_core(told)[len(own) :], [c for c in choices if c != own], question.letters.lower()):
+    if _begins(_core(told), own) and _goes_on(
+        _core(told)[len(own) :], [c for c in choices if c not in ("", own)], question.letters.lower()
+    ):
         return none
     if _core(line) in choices and any(c.isalnum() for c in rest):  # "A dog" may be a choice's text
         return (letter if own == _core(line) else None), False
@@ -245,7 +248,7 @@ def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, b
         return (letter if stands(rest) else None), False
     if heading or small or said & set(choices):
         return none  # the letter of one choice with the text of another; "a dog"
-    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(_core(told), own) and any(_begins(_core(told), c) for c in choices):
+    if label[0].strip(CLOSING)[:1] in ("", ":") and not _begins(_core(told), own) and any(_begins(_core(told), c) for c in choices if c):
         return none
     another = rf"(?:and(?! not)|or|both|&|/)\b|[(\[]?[{question.letters}][)\]]?(?:[.,:;)\]]|\s+(?:and|or)\b|\s*$)"
     return (letter if not re.match(another, told) and stands(rest, set_off) else None), False
@@ -257,7 +260,8 @@ def _core(text: str) -> str:
 
 
 def _begins(text: str, choice: str) -> bool:
-    return text.startswith(choice) and not text[len(choice) :][:1].isalnum()
+    after = text[len(choice) :][:1]
+    return text.startswith(choice) and not (after.isalnum() or category(after or " ").startswith("M"))  # कम is not कमी
 
 
 def _goes_on(rest: str, others: Sequence[str], labels: str = "") -> bool:
@@ -314,7 +318,9 @@ def _is_answer_heading(text: str, statement: Statement) -> bool:
 def _same_string(answer: str, gold: str) -> bool:
     said, right = _plain(answer), _plain(gold)
     formula = not re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", right))  # words may not be set otherwise
-    return (said == right or (formula and _formula(said) == _formula(right))) and not _asked(answer, gold)
+    both = said + right  # plain, 3.1 and 3.10 may be versions, and (1,234) a pair
+    number = bool(re.search(r"[\\/%°{]", both)) and not re.search(r"[(\[]", both) and same_number(said, right)
+    return (said == right or number or (formula and _formula(said) == _formula(right))) and not _asked(answer, gold)
 
 
 def _formula(text: str) -> str:
@@ -323,6 +329,9 @@ def _formula(text: str) -> str:
     if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+", text):
         return text.replace(",", "")
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
+    text = re.sub(r"\\frac\s?([0-9a-z])([0-9a-z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt\s?([0-9a-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^(?:\{\\circ\}|\\circ)|°", "°", text)
     text = re.sub(r"\\[,;: ]", " ", re.sub(r"\\(?:left|right)(?![a-z])", "", text))
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
     return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text

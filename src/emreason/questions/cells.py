@@ -58,9 +58,10 @@ def as_text(value: Any, where: str, what: str) -> str:
     raise UserError(f"{where}: `{what}` is {names.get(type(value).__name__, type(value).__name__)}, where a text belongs.")
 
 
-def option_text(value: Any, where: str) -> str | None:
-    """An option's text; None where the place is empty."""
-    missing = absent(value, words=False) or (isinstance(value, str) and value.strip().casefold() in ("nan", "<na>", "null"))
+def option_text(value: Any, where: str, words: bool = False) -> str | None:
+    """An option's text; None where the place is empty. "null" and "NaN" are choices of a list, but not, with `words`, of a column."""
+    said = value.strip() if isinstance(value, str) else ""
+    missing = absent(value, words=False) or said in ("nan", "<NA>") or (words and said.casefold() in ("nan", "<na>", "null"))
     return None if missing else as_text(value, where, "choices")
 
 
@@ -91,6 +92,8 @@ def marked_one(value: Any, choices: int) -> int | None:
 def alternatives(value: Any, where: str) -> list[Any]:
     """A cell that holds several right answers, as a list (TriviaQA, SQuAD), written as JSON or not."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        if _ARRAY.fullmatch(value):  # in which Python would read neighbours as one string
+            raise UserError(f"{where}: `answer` is a list without commas, as pandas writes arrays; write the answers as a JSON list.")
         found = parsed(value)
         value = found if found and all(isinstance(item, str) for item in found) else value
     if isinstance(value, Mapping):
@@ -101,6 +104,10 @@ def alternatives(value: Any, where: str) -> list[Any]:
             raise UserError(f"{where}: `answer` is a list of numbers; where each is right they must be in quotation marks.")
         return list(value)
     return [value]
+
+
+_QUOTED = r"(?:'[^']*'|\"[^\"]*\")"
+_ARRAY = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})+\s*\]")
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:

@@ -35,7 +35,7 @@ class Dataset:
         demonstrations: worked examples: `{id, rationale}` of a training question, `{question, answer, rationale, choices?}`,
             or a `Demonstration`.
         limit: questions per split, null for all. Limited sets are nested, and the same for every seed of a run.
-        drop_overlap: drop training questions whose text is also in validation or test.
+        drop_overlap: drop training questions that are also in validation or test.
         answer_as: how a choice question is answered, by the letter or by the text of the choice.
         max_choice_words: leave out choice questions of which a choice has more words; null keeps all.
     """
@@ -67,9 +67,9 @@ class Dataset:
         limit = self._limit(split)
         questions = self._all(split)
         if split == "train":
-            shown = {normalise(example.question.text) for example in self.worked_examples()}
-            drop = shown | (self._texts("validation") | self._texts("test") if self.drop_overlap else set())
-            questions = [question for question in questions if normalise(question.text) not in drop]
+            shown = {identity(example.question) for example in self.worked_examples()}
+            drop = shown | (self._asked("validation") | self._asked("test") if self.drop_overlap else set())
+            questions = [question for question in questions if identity(question) not in drop]
         if not questions:
             raise UserError(f"dataset {self.name}: the {split} split is empty.")
         if limit is not None and limit > len(questions) and split not in self._told:
@@ -87,12 +87,12 @@ class Dataset:
         return {split: rank(repr(questions))[:16] for split, questions in shown.items()}
 
     def overlap(self) -> dict[str, int]:
-        """Contamination: question texts that two whole splits share, and worked examples whose text is in the test split."""
-        train, test = self._texts("train"), self._texts("test")
-        examples = {normalise(example.question.text) for example in self.worked_examples()}
+        """Contamination: questions that two whole splits share, and worked examples that are in the test split."""
+        train, test = self._asked("train"), self._asked("test")
+        examples = {identity(example.question) for example in self.worked_examples()}
         return {
             "train_test": len(train & test),
-            "train_validation": len(train & self._texts("validation")),
+            "train_validation": len(train & self._asked("validation")),
             "examples_test": len(examples & test),
         }
 
@@ -134,8 +134,8 @@ class Dataset:
             f"kind {' and '.join(kinds)}, e.g. {_short(example.text, 60)!r} → {_short(answer, 40)}"
         )
 
-    def _texts(self, split: Split) -> set[str]:
-        return {normalise(question.text) for question in self._all(split)}
+    def _asked(self, split: Split) -> set[str]:
+        return {identity(question) for question in self._all(split)}
 
     def _limit(self, split: Split) -> int | None:
         limit = self.limit.get(split)
@@ -258,15 +258,21 @@ def _score(source: Any, entry: dict[str, Any], answer: str) -> bool:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
+def identity(question: Question) -> str:
+    """What makes two questions one: their text and, in any order, their choices ("Which statement is true?" is many questions)."""
+    return "\n".join([normalise(question.text), *sorted(map(normalise, question.choices))])
+
+
 def cut(questions: Sequence[Question], splits: Sequence[Split], where: str, held_out: float = 0.2) -> dict[Split, list[Question]]:
     """One set of questions for several splits: `held_out` of the different texts for each but the first, in the order of their hashes.
 
     Raises:
         UserError: there are too few.
     """
-    places: dict[str, list[Question]] = {}
+    alike: dict[str, dict[str, list[Question]]] = {}
     for question in questions:
-        places.setdefault(rank(normalise(question.text)), []).append(question)
+        alike.setdefault(normalise(question.text), {}).setdefault(identity(question), []).append(question)
+    places = {rank(key if len(same) > 1 else text): group for text, same in alike.items() for key, group in same.items()}
     if len(places) < len(splits):
         raise UserError(
             f"{where} has {len(places)} different question{'' if len(places) == 1 else 's'}; at least {len(splits)} are needed, "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from emreason.questions.cells import absent, parsed
+from emreason.questions.grammar.numbers import same_number
 from emreason.questions.grammar.typeset import normalise
 from emreason.types import LETTERS, UserError
 
@@ -128,8 +129,15 @@ _LETTER_AND_TEXT = re.compile(r"[(\[]?([0-9A-Za-z])[)\].:]+\s*(\S.*)", re.DOTALL
 def position(answer: str, options: Sequence[Option], gold: Gold) -> int | None:
     """The place that a gold answer points to when it is read as a label, a text or an index; None where it points to none."""
     if gold == "text":
-        alike = [place for place, option in enumerate(options) if option.text is not None and normalise(option.text) == normalise(answer)]
-        return alike[0] if len(alike) == 1 else None
+        alike: tuple[Callable[[str], bool], ...] = (
+            lambda text: text.split() == answer.split(),
+            lambda text: normalise(text) == normalise(answer),
+            lambda text: same_number(text, answer),  # 1,000 and 1000, 3.0 and 3
+        )
+        for is_it in alike:
+            if places := [place for place, option in enumerate(options) if option.text is not None and is_it(option.text)]:
+                return places[0] if len(places) == 1 else None
+        return None
     if gold == "label":
         letters = [letter.casefold() for letter, _ in zip(LETTERS, options, strict=False)]
         labels = [(option.label or letter).casefold() for option, letter in zip(options, letters, strict=False)]

@@ -105,7 +105,7 @@ class Reading:
         if len(self.choices) > 1:
             labels = column_labels(self.choices, counted=plain_name(self.answer) in INDEX)
             cells = [lookup(row.record, column) for column in self.choices]
-            return [Option(label, option_text(cell, row.where)) for label, cell in zip(labels, cells, strict=True)]
+            return [Option(label, option_text(cell, row.where, words=True)) for label, cell in zip(labels, cells, strict=True)]
         value = lookup(row.record, self.choices[0]) if self.choices else None
         return read_options(value, lambda v: option_text(v, row.where), row.where)
 

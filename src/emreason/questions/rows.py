@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from emreason.questions.answers import check
 from emreason.questions.cells import absent, as_text, lookup
 from emreason.questions.grammar.numbers import parse_number
-from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
 from emreason.questions.reading import CONTEXT, WRONG, Asked, Reading, Row, plain_name, understand
 from emreason.types import LETTERS, Question, UserError
@@ -118,8 +117,8 @@ def _choose(row: Row, answers: Sequence[str], options: list[Option], reading: Re
         raise UserError(f"{where}: `{missing}` is missing; all questions of a file are answered in one way.")
     if not 2 <= len(kept) <= len(LETTERS):
         raise UserError(f"{where}: `choices` must be a list of 2 to {len(LETTERS)} strings.")
-    counts = Counter(normalise(choice) for choice in kept)
-    if not reading.asked.alike and (alike := [choice for choice in kept if counts[normalise(choice)] > 1]):
+    counts = Counter(" ".join(choice.split()) for choice in kept)  # TT and Tt are two genotypes
+    if not reading.asked.alike and (alike := [choice for choice in kept if counts[" ".join(choice.split())] > 1]):
         raise UserError(f"{where}: two choices are alike ({alike[0]!r}).")
     places = {place for answer in answers if (place := position(answer, options, reading.gold)) is not None}
     if len(places) > 1:

@@ -7,10 +7,22 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
-from emreason.reports.reading import Run, Score, by_place, read_predictions
+from emreason.reports.reading import Run, Score, by_place, differing_keys, read_predictions
+from emreason.runs.keys import within
 from emreason.scores import stats
 
 ZERO_SHOT, FEW_SHOT = "zero-shot baseline", "few-shot baseline"
+_MEASURED_BY = (
+    "dataset.path",
+    "dataset.load",
+    "dataset.prompt",
+    "dataset.answer_as",
+    "dataset.limit.test",
+    "model",
+    "evaluation.max_new_tokens",
+)
+MEASURED_BY = {ZERO_SHOT: _MEASURED_BY, FEW_SHOT: (*_MEASURED_BY, "dataset.demonstrations", "evaluation.few_shot")}
+"""Config keys that a baseline depends on."""
 SIGNIFICANT = 0.05
 
 
@@ -133,10 +145,8 @@ def _cells(group: Sequence[Run], counted: Sequence[Run], pairs: Sequence[Pair]) 
     inside = [run for run in counted if (run.dataset, run.model) == (dataset, model)]
     # A baseline is complete before iteration 0, so where no run has finished the others may speak for it.
     measured = inside or group
-    baselines = [
-        _cell(dataset, model, ZERO_SHOT, measured, lambda run: run.zero_shot),
-        _cell(dataset, model, FEW_SHOT, measured, lambda run: run.few_shot),
-    ]
+    scores: dict[str, Callable[[Run], Score | None]] = {ZERO_SHOT: lambda run: run.zero_shot, FEW_SHOT: lambda run: run.few_shot}
+    baselines = [_cell(dataset, model, row, alike, pick) for of, pick in scores.items() for row, alike in _measured_alike(measured, of)]
     labels = dict.fromkeys(run.label for run in sorted(group, key=lambda run: run.order))
     schemes = [_cell(dataset, model, label, [r for r in inside if r.label == label], lambda run: run.test) for label in labels]
     cells = [cell for cell in baselines if cell.seeds] + schemes
@@ -153,13 +163,24 @@ def _cells(group: Sequence[Run], counted: Sequence[Run], pairs: Sequence[Pair]) 
     return [replace(c, best=c.scheme in best, p_vs_best=None if c.scheme in best else against_best(c.scheme)) for c in cells]
 
 
+def _measured_alike(runs: Sequence[Run], baseline: str) -> list[tuple[str, list[Run]]]:
+    """The runs by the settings that a baseline was measured with, and the name of its row: with its schemes' where there are several."""
+    telling = [values for key, values in differing_keys(runs).items() if within(key, MEASURED_BY[baseline])]
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(values.get(run.folder, "") for values in telling), []).append(run)
+    if len(groups) == 1:
+        return [(baseline, list(runs))]
+    return [(f"{baseline} of {', '.join(dict.fromkeys(run.label for run in alike))}", alike) for alike in groups.values()]
+
+
 def _cell(dataset: str, model: str, scheme: str, runs: Sequence[Run], pick: Callable[[Run], Score | None]) -> Cell:
     # A baseline is measured once per run; runs of one seed share it, so seeds are averaged, not runs.
     by_seed: dict[int | str, list[Score]] = {}
     for run in runs:
         if (score := pick(run)) is not None:
             by_seed.setdefault(run.seed, []).append(score)
-    baseline = scheme in (ZERO_SHOT, FEW_SHOT)
+    baseline = scheme.startswith((ZERO_SHOT, FEW_SHOT))
     if not by_seed:
         return Cell(dataset, model, scheme, baseline, 0, None, None, None, "", None, 0)
     means = [fmean(score.accuracy for score in scores) for scores in by_seed.values()]
@@ -180,7 +201,7 @@ Answers = dict[tuple[str, str], bool]
 
 
 def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
-    """Pairs of schemes that share several seeds, and each scheme against the few-shot baseline, on the seeds and questions that both have;
+    """Pairs of schemes that share several seeds, and each scheme against its few-shot baseline, on the seeds and questions that both have;
     Holm over all of them.
     """
     found: list[Pair] = []
@@ -191,10 +212,13 @@ def _pairs(counted: Sequence[Run]) -> tuple[list[Pair], list[str]]:
             sides.setdefault(run.label, {})[run.seed] = answers = read_predictions(run, "test")
             if not answers and len(group) > 1:
                 notes.append(f"No paired test: {run.name} has no predictions/test.jsonl.")
-        sides[FEW_SHOT] = {run.seed: answers for run in group if (answers := read_predictions(run, "baseline_few_shot_test"))}
-        for first, second in combinations(sides, 2):
+        asked = list(combinations(sides, 2))
+        for row, alike in _measured_alike(group, FEW_SHOT):
+            sides[row] = {run.seed: answers for run in alike if (answers := read_predictions(run, "baseline_few_shot_test"))}
+            asked += [(label, row) for label in dict.fromkeys(run.label for run in alike)]
+        for first, second in asked:
             seeds = [s for s in sides[first] if sides[first][s].keys() & sides[second].get(s, {}).keys()]
-            if len(seeds) > 1 or (seeds and second == FEW_SHOT):
+            if len(seeds) > 1 or (seeds and second.startswith(FEW_SHOT)):
                 difference, test = _paired([sides[first][s] for s in seeds], [sides[second][s] for s in seeds])
                 found.append(Pair(group[0].dataset, group[0].model, first, second, difference, test, 1.0))
     adjusted = stats.holm([pair.difference.p for pair in found])

@@ -13,12 +13,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from emreason.runs.keys import MAY_CHANGE, flatten, within
+from emreason.runs.keys import DATA_PATHS, MAY_CHANGE, flatten, within
 from emreason.runs.summary import scalars
 from emreason.types import UserError
 
 SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions", "wandb", ".git", ".venv"}
-_TELLING = {"trainer", "token_budget", "peft.merge", "callbacks.early_stopping.monitor", "callbacks.early_stopping.mode"}
+_TELLING = {"trainer", "token_budget", "peft.merge", "callbacks.early_stopping.monitor", "callbacks.early_stopping.mode", *DATA_PATHS}
 INCIDENTAL = set(MAY_CHANGE) - _TELLING
 """Config keys that may differ between two runs of one experiment."""
 # diagnostic -> the part of an iteration's record that holds it
@@ -73,7 +73,8 @@ class Run:
 
     `status` is that of summary.json, or `missing` (no summary yet) or `unreadable`. `label` is the scheme as it is shown:
     its name, with the config keys that set it apart where runs of one scheme differ (`variant`: those keys, however many). `config` is
-    flat: dotted key → value. `base`: the base model's validation, by the names of `Iteration.numbers`. `tested`: index of the iteration
+    flat: dotted key → value. `data`: the fingerprints of its splits. `base`: the base model's
+    validation, by the names of `Iteration.numbers`. `tested`: index of the iteration
     whose model `test` is of.
     """
 
@@ -96,6 +97,7 @@ class Run:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
     base: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -187,6 +189,7 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
         zero_shot=_score(baseline.get("zero_shot")),
         few_shot=_score(baseline.get("few_shot")),
         start=_score(baseline.get("validation")),
+        data=json.dumps(summary.get("data") or "", sort_keys=True),
         base=scalars({"validation": baseline.get("validation")}),
         test=_score(summary.get("test")),
         tested=summary.get("best_iteration"),
@@ -248,12 +251,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 def differing_keys(runs: Sequence[Run]) -> dict[str, dict[Path, str]]:
     """Config keys whose values differ between `runs`: key → run folder → value as text ("—" where absent).
 
-    Seeds, loggers and paths are left out: they differ between any two runs and explain nothing. Runs without a readable
-    config are left out, too.
+    Seeds, loggers and paths are left out: they differ between any two runs and explain nothing, nor does where the same data lies. Runs
+    without a readable config are left out, too.
     """
     runs = [run for run in runs if run.config]
+    same_data = len({run.data for run in runs}) == 1 and runs[0].data not in ("", '""')
     keys = sorted({key for run in runs for key in run.config})
-    telling = [k for k in keys if not within(k, INCIDENTAL) and k.split(".")[-1] not in ("dirpath", "save_dir")]
+    telling = [
+        k
+        for k in keys
+        if not within(k, (*INCIDENTAL, *(DATA_PATHS if same_data else ()))) and k.split(".")[-1] not in ("dirpath", "save_dir")
+    ]
     telling = [k for k in telling if any(run.config.get(k) != run.seed for run in runs)]  # the seed, by whatever name
     values = {key: {run.folder: _shown(run, key) for run in runs} for key in telling}
     return {key: shown for key, shown in values.items() if len(set(shown.values())) > 1}

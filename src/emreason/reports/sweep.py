@@ -95,7 +95,8 @@ def run_apart(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Lightning starts the other ranks with this process's own command line: inside a sweep each of them would begin the whole sweep again.
     """
     hydra = HydraConfig.get()
-    own = [f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    flags = {"main": "--config-path", "command-line": "--config-dir"}  # by what Hydra calls the sources
+    own = [f"{flags[source.provider]}={source.path}" for source in hydra.runtime.config_sources if source.provider in flags]
     options = [*own, f"--config-name={hydra.job.config_name}"]
     command = [sys.executable, "-m", "emreason.train", *options, *overrides, f'hydra.run.dir="{folder}"']
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # what it says on stderr is seen, its table is the sweep's

@@ -242,7 +242,8 @@ def build(cfg: DictConfig, dtype: str | None = None, dataset: Dataset | None = N
             raise UserError(
                 f"model.load.quantization={cfg.model.load.quantization}: such weights are not trained; add adapters: peft=lora."
             )
-        if ("m_step" in cfg or cfg.get("bound")) and any(each.is_prompt_learning for each in getattr(model, "peft_config", {}).values()):
+        scored = "m_step" in cfg or cfg.get("bound") or cfg.get("method") == "loglikelihood"
+        if scored and any(each.is_prompt_learning for each in getattr(model, "peft_config", {}).values()):
             raise UserError(
                 "Adapters that are prompts (prefix tuning and the like) are drawn from, not trained or scored here; use peft=lora."
             )

@@ -35,6 +35,8 @@ TRAIN_KEYS = _GROUPS | {
     ),
     *("optimizer", "logger", "callbacks", "trial"),  # trial: where a sweeper names its runs
 }
+DATA_PATHS = ("dataset.path", "dataset.load.path", "dataset.load.train", "dataset.load.validation", "dataset.load.test")
+"""Where files of data lie; what they hold has a fingerprint."""
 MAY_CHANGE = (
     "task",
     "trainer",
@@ -51,6 +53,7 @@ MAY_CHANGE = (
     "keep_model",
     "data_root",
     "dataset.load.data_root",
+    *DATA_PATHS,
     "engine.max_batch",
     "engine.memory",
     "engine.shared",

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from emreason import __version__
-from emreason.progress import doing, rank
+from emreason.progress import doing, rank, say
 from emreason.runs.journal import write_json
 from emreason.runs.keys import MAY_CHANGE, flatten, within
 from emreason.types import Split, UserError
@@ -91,10 +91,11 @@ def ended(folder: Path, config: str, dataset: Dataset, max_epochs: int, token_bu
         UserError: the run was begun under another config or with other questions.
     """
     before, path = read_summary(folder), folder / "config.yaml"
+    finished = nothing_left(before, max_epochs, token_budget)
     if begun(folder, before):
         check_same_config(folder, config)
-        check_same_data(before.get("data"), dataset)
-    if not nothing_left(before, max_epochs, token_budget):
+        check_same_data(before.get("data"), dataset, finished)
+    if not finished:
         return None
     if path.exists() and (merged := _merge(read_config(path))) != (asked := _merge(OmegaConf.create(config))):
         raise UserError(f"peft.merge={asked}: this run is finished, its model/ written with {merged}; overwrite=true trains it again.")
@@ -128,19 +129,26 @@ def check_same_config(folder: Path, config: str) -> None:
         )
 
 
-def check_same_data(before: Mapping[Split, str] | None, dataset: Dataset) -> None:
+def check_same_data(before: Mapping[Split, str] | None, dataset: Dataset, finished: bool = False) -> None:
     """Refuse to continue a run on other questions than it was begun with: splits would mix.
 
     Args:
         before: its `Dataset.fingerprint`; None of a run from before there was one.
+        finished: it needs the data no more, which may be gone.
 
     Raises:
         UserError: names the splits; or the data cannot be read.
     """
     if before is None:
         return
-    with doing(f"Reading dataset {dataset.name}", at_once=False):
-        now = dataset.fingerprint()
+    try:
+        with doing(f"Reading dataset {dataset.name}", at_once=False):
+            now = dataset.fingerprint()
+    except (UserError, OSError) as error:
+        if not finished:
+            raise
+        say(f"This run is finished; its data cannot be read, so whether it has changed is not known ({error})")
+        return
     if changed := [split for split in now if before.get(split) != now[split]]:
         raise UserError(
             f"The data of this run ({', '.join(changed)}) has changed since it began; restore it, begin again with overwrite=true, or "

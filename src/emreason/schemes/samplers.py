@@ -183,11 +183,18 @@ class Scheme:
 
 
 def is_trivial(text: str) -> bool:
-    """Whether a completion states an answer without reasoning: fewer than three words before its answer line, thoughts included."""
+    """Whether a completion states an answer without reasoning: fewer than three words before its answer line, thoughts included.
+
+    Where words are not spaced, two Chinese or Japanese characters are one.
+    """
     start = speech_start(text)
     spoken = len(text) if start is None else start
     line = _ANSWER_LINE.search(text[spoken:])
-    return len(re.findall(r"[^\W_]+", without_marks(text[: spoken + line.start() if line else len(text)]))) < 3
+    return len(_WORDS.findall(without_marks(text[: spoken + line.start() if line else len(text)]))) < 3
+
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
+_WORDS = re.compile(rf"[{_UNSPACED}]{{1,2}}|[^\W_{_UNSPACED}]+")
 
 
 def sample(

@@ -139,7 +139,7 @@ def line_said(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], b
 
 def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
     """Greedy, with room for a letter, for the longest choice where its text is the answer, or for a number or text twice as long as the
-    gold one, whose spelling need not be the shortest."""
+    gold one, whose spelling need not be the shortest, and its aliases."""
 
     def length(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
@@ -147,7 +147,7 @@ def forced_params(question: Question, tokenizer: PreTrainedTokenizerBase) -> Sam
     if question.kind == "choice":
         room = FORCED_TOKENS + max(map(length, question.choices if question.answer_as == "text" else ()), default=0)
     else:
-        room = max(FORCED_TOKENS, 2 * length(gold_text(question)) + 2)
+        room = 2 * max(FORCED_TOKENS, *map(length, (gold_text(question), *question.aliases))) + 2
     return SamplingParams(temperature=0.0, max_new_tokens=room)
 
 

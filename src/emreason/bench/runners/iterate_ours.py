@@ -18,7 +18,7 @@ def main(work: dict[str, Any], seed: str, folder: Path) -> dict[str, Any]:
     asked = work["iteration"]
     until = [
         "callbacks=early_stopping",
-        f"+callbacks.early_stopping.stopping_threshold={asked['target']}",
+        f"+callbacks.early_stopping.stopping_threshold={asked['target'] - 1e-6}",  # which Lightning wants exceeded
         "callbacks.early_stopping.patience=99",
     ]
     summary = train.train(configured(*asked["overrides"], *until, seed), folder)

@@ -35,7 +35,8 @@ _SAYS_MORE = (
 )
 _MULTIPLIES = (
     "plus minus times divided multiplied dozen hundred thousand million billion trillion squared cubed half quarter quarters halves thirds "
-    "mn bn remainder"
+    "fourths fifths sixths sevenths eighths ninths tenths twelfths hundredths thousandths tens hundreds thousands lakh lakhs crore crores "
+    "pi factorial mn bn remainder"
 )
 _CLOCK = (
     "am pm a.m p.m o'clock st nd rd th january february march april june july august september october november december jan feb mar apr "
