@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
         "emreason", data("d.jsonl"), a_file("d.jsonl", lines(GOOD, {**GOOD, "answer": "D"})), ["d.jsonl, line 2", "'D'", "ABC"],
     ),
     "two choices alike": (
-        "emreason", data("d.jsonl"), a_file("d.jsonl", lines({**GOOD, "choices": ["a", "A "]})), ["d.jsonl, line 1", "alike"],
+        "emreason", data("d.jsonl"), a_file("d.jsonl", lines({**GOOD, "choices": ["a", "a "]})), ["d.jsonl, line 1", "alike"],
     ),
     "one choice": ("emreason", data("d.jsonl"), a_file("d.jsonl", lines({**GOOD, "choices": ["a"]})), ["line 1", "2 to 26"]),
     "duplicate id": (
