@@ -15,8 +15,9 @@ from unicodedata import category
 from emreason.questions.grammar.numbers import CLOSING, OPENING, parse_number, read_number, same_number
 from emreason.questions.grammar.retractions import box_stands, stands, withdrawn
 from emreason.questions.grammar.statements import Statement, may_state, statements
+from emreason.questions.grammar.strings import asks, bare, same_string
 from emreason.questions.grammar.thinking import said
-from emreason.questions.grammar.typeset import DEPTH, normalise, undressed, unwrapped
+from emreason.questions.grammar.typeset import normalise, undressed, unwrapped
 from emreason.types import AnswerKind, Question, UserError
 
 TAIL = 64
@@ -55,7 +56,7 @@ def same(answer: str, other: str, question: Question) -> bool:
     if question.kind == "choice":
         # two choices may read the same, and shown without letters nothing else tells them apart
         return answer == other or (question.answer_as == "text" and _shown(question, answer) == _shown(question, other))
-    return same_number(answer, other) if question.kind == "number" else _same_string(answer, other)
+    return same_number(answer, other) if question.kind == "number" else same_string(answer, other)
 
 
 MaybeStr = TypeVar("MaybeStr", str, str | None)
@@ -282,13 +283,13 @@ _BETWEEN = re.compile(r"[\s)\].,;:(*_`+]*(?:(?:and|or|also|as well as|both|&|/)\
 def _choice(value: str, question: Question) -> str | None:
     """The letter of the one choice whose text a statement says."""
     line = " ".join(value.split())
-    said = _plain(line)
+    said = bare(line)
     shown = {letter: _shown(question, letter) for letter in question.letters}
-    plain = {letter: _plain(text) for letter, text in shown.items()}
+    plain = {letter: bare(text) for letter, text in shown.items()}
     without = {letter: _ARTICLE.sub("", text) for letter, text in plain.items()}
     for written, asked in ((shown, line), (plain, said), (without, _ARTICLE.sub("", said))):
         if alike := [letter for letter, text in written.items() if text == asked]:
-            whole = len({shown[letter] for letter in alike}) == 1 and not _asked(line, shown[alike[0]])
+            whole = len({shown[letter] for letter in alike}) == 1 and not asks(line, shown[alike[0]])
             return alike[0] if whole else None
     begun = [letter for letter, text in plain.items() if _begins(said, text)]
     longest = max((len(plain[letter]) for letter in begun), default=0)
@@ -313,43 +314,3 @@ def _is_answer_heading(text: str, statement: Statement) -> bool:
     value = text[statement.begin : statement.end].strip()
     short = re.fullmatch(r"\W{0,4}(?:[A-Za-z]|[-+−]?[0-9][0-9.,/]{0,40})\W{0,4}", value)
     return bool(value) and (short is not None or not text[statement.resume :].strip())
-
-
-def _same_string(answer: str, gold: str) -> bool:
-    said, right = _plain(answer), _plain(gold)
-    formula = not re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-z]+", "", right))  # words may not be set otherwise
-    both = said + right  # plain, 3.1 and 3.10 may be versions, and (1,234) a pair
-    number = bool(re.search(r"[\\/%°{]", both)) and not re.search(r"[(\[]", both) and same_number(said, right)
-    return (said == right or number or (formula and _formula(said) == _formula(right))) and not _asked(answer, gold)
-
-
-def _formula(text: str) -> str:
-    r"""A formula without what only sets it: `\dfrac`, `\left`, thin spaces, blanks beside marks, commas in a number, `(a)` for `a`."""
-    text = re.sub(r"\\!\s?", "", text)
-    if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+", text):
-        return text.replace(",", "")
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
-    text = re.sub(r"\\frac\s?([0-9a-z])([0-9a-z])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\sqrt\s?([0-9a-z])", r"\\sqrt{\1}", text)
-    text = re.sub(r"\^(?:\{\\circ\}|\\circ)|°", "°", text)
-    text = re.sub(r"\\[,;: ]", " ", re.sub(r"\\(?:left|right)(?![a-z])", "", text))
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
-    return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
-
-
-def _asked(answer: str, gold: str) -> bool:
-    """Whether an answer only asks: "Paris?"."""
-    return _unmarked(answer).endswith("?") and not _unmarked(gold).endswith("?")
-
-
-def _unmarked(text: str) -> str:
-    return unwrapped(text).rstrip("*_`\"')]$ ")
-
-
-def _plain(text: str) -> str:
-    """A string without wrappers, case and closing marks, whichever of them is outside."""
-    for _ in range(DEPTH):
-        text, before = normalise(unwrapped(text)), text
-        if text == before:
-            break
-    return text
