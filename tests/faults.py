@@ -1189,8 +1189,8 @@ FAULTS = [
     fault(
         "masters: a later micro-batch overwrites the gradient",
         "models/masters.py",
-        "master.grad += parameter.grad",
-        "master.grad = parameter.grad.float()",
+        "master.grad.add_(parameter.grad)",
+        "parameter.grad.float()",
         "em/test_module.py::test_gradients_of_several_batches_add_up_in_float32",
     ),
     fault(
@@ -1259,8 +1259,8 @@ FAULTS = [
     fault(
         "masters: gradients add up in bfloat16",
         "models/masters.py",
-        "master.grad = parameter.grad.float()",
-        "master.grad = parameter.grad",
+        "parameter.grad.float() if",
+        "parameter.grad if",
         "em/test_module.py::test_gradients_of_several_batches_add_up_in_float32",
     ),
     # --- questions

@@ -39,7 +39,7 @@ def test_a_plan_names_every_run_and_where_it_will_be(scale, runs):
 def test_a_local_qwen_is_a_checkpoint_or_a_gguf(tmp_path):
     with pytest.raises(UserError, match=r"no folder with one, and no checkpoint"):
         local_model(tmp_path / "nowhere")
-    folder = tmp_path / "it's here"
+    folder = tmp_path / r"it's a\b, here"
     folder.mkdir()
     (folder / "a.gguf").touch()
     for path in (folder, folder / "a.gguf"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"dataset": cfg.dataset.name, "model": cfg.model.name, "split": cfg.split, "method": cfg.method}
     if cfg.method == "loglikelihood":
         choices = letter_logprobs(experiment, questions, cfg.examples)
-        hits = sum(choice == question.answer for choice, question in zip(choices, questions, strict=True))
+        hits = sum(correct(choice, question) for choice, question in zip(choices, questions, strict=True))  # alike texts are one answer
         result |= {"accuracy": hits / len(questions), "n": len(questions), "ci95": list(wilson(hits, len(questions)))}
         result["answers"] = {question.id: in_words(question, choice) for choice, question in zip(choices, questions, strict=True)}
     else:
@@ -135,16 +135,8 @@ def sampled(
 
 def majority(answers: Sequence[str | None], question: Question) -> str | None:
     """The most frequent answer, however it is written; the earliest of equals; None only if there is none."""
-    groups: list[list[str]] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        group = next((group for group in groups if same(answer, group[0], question)), None)
-        if group is None:
-            groups.append([answer])
-        else:
-            group.append(answer)
-    return max(groups, key=len, default=[None])[0]
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=lambda one: sum(n for other, n in counts.items() if same(other, one, question)), default=None)
 
 
 def letter_logprobs(experiment: Experiment, questions: Sequence[Question], n_examples: int = 0) -> list[str]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emreason import report, train
+from emreason.runs.checks import quoted
 from emreason.runs.summary import read_summary
 from emreason.types import UserError
 
@@ -101,8 +102,7 @@ def local_model(path: Path, asked: str = "QWEN", name: str = "qwen") -> tuple[st
         nothing = "is no .gguf file, no folder with one, and no checkpoint (config.json)"
         problem = f"holds {len(files)} .gguf files; name one" if files else nothing
         raise UserError(f"{asked}={path}: it {problem}.")
-    quoted = str(found).replace("\\", "\\\\").replace("'", "\\'")
-    return option, (f"model.name={name}", f"model.load.path='{quoted}'")
+    return option, (f"model.name={name}", quoted(f"model.load.path={found}", sweep=False))
 
 
 def show_plan(grids: Sequence[Part], console: Console) -> None:
@@ -146,7 +146,8 @@ def run(grids: Sequence[Part], console: Console) -> bool:
                 if isinstance(end.code, int) and end.code > 128:  # a signal ends all of it
                     console.print("That was one sweep of the grid; this command, given again, goes on with all of it.")
                     raise
-                console.print(str(end), markup=False, highlight=False)
+                if isinstance(end.code, str):
+                    console.print(end.code, markup=False, highlight=False)
     folder = Path("outputs", grids[0].tag)
     report.main([str(folder), "--out", str(folder / "report")])
     return all(read_summary(path).get("status") == "finished" for part in grids for path in part.folders)

@@ -90,24 +90,19 @@ def launch(*overrides: str, config_dir: str | Path | None = None) -> dict[str, A
 
 def _left(settings: Settings, folder: Path, summary: dict[str, Any], *names: str) -> dict[str, Any]:
     """The summary of a finished run, whose model is on the Hub if that is wanted; of the folders `names` those not to be kept are gone."""
-    summary = _pushed(settings, folder, summary)
-    for name in names:
-        if not getattr(settings, f"keep_{name}") and rank() == 0:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    return summary
-
-
-def _pushed(settings: Settings, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a finished run, whose model is on the Hub if that is wanted."""
-    if settings.push is None or rank() > 0 or (summary.get("pushed") or {}).get("to") == settings.push:
+    if rank() > 0:
         return summary
-    from emreason.tracking.leaving import push
+    if settings.push is not None and (summary.get("pushed") or {}).get("to") != settings.push:
+        from emreason.tracking.leaving import push
 
-    if not (folder / "model").is_dir():
-        raise UserError(f"hub.push={settings.push}: {folder} kept no model (keep_model=false); overwrite=true trains it again.")
-    with doing(f"Uploading {folder / 'model'} to {settings.push}"):
-        summary = summary | {"pushed": {"to": settings.push, "commit": push(folder / "model", settings.push, settings.private)}}
-    write_json(folder / "summary.json", summary)
+        if not (folder / "model").is_dir():
+            raise UserError(f"hub.push={settings.push}: {folder} kept no model (keep_model=false); overwrite=true trains it again.")
+        with doing(f"Uploading {folder / 'model'} to {settings.push}"):
+            summary = summary | {"pushed": {"to": settings.push, "commit": push(folder / "model", settings.push, settings.private)}}
+        write_json(folder / "summary.json", summary)
+    for name in names:
+        if not getattr(settings, f"keep_{name}"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     return summary
 
 

@@ -342,7 +342,6 @@ def test_the_consumer_may_append_between_yields() -> None:
         if isinstance(completion.request.key, int):
             queue.append(Request(f"again{completion.request.key}", completion.request.prompt_ids, completion.request.params, seed=7))
     assert sorted(map(str, seen)) == sorted([str(i) for i in range(5)] + [f"again{i}" for i in range(5)])
-    assert engine.stats.live == 0
     assert engine.stats.generated > 0
 
 

@@ -194,6 +194,8 @@ def test_the_contrast_of_hints_has_its_exact_mean():
     seen = exact.sampled_counts(model(), contrast, DRAWS, seed=7) / DRAWS
     assert np.all(np.abs(seen - law) <= 4.5 * np.sqrt(law / DRAWS))
     assert np.abs(seen - accepted(model(), scheme("pps")).numpy()).max() > 0.1
+    twice, hinted = accepted(model(), scheme("pps", budget=2, weigh="contrast")), accepted(model(), scheme("pps", budget=2))
+    assert torch.allclose(twice / hinted, accepted(model(), contrast) / accepted(model(), scheme("pps")))
 
 
 def test_probabilities_add_up():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,10 @@ def test_a_measured_peak_is_within_a_tenth():
     print({phase: {k: round(v / GIB, 2) for k, v in found[phase].items()} for phase in ("E-step", "M-step")})
     for phase in ("E-step", "M-step"):
         assert found[phase]["measured"] == pytest.approx(found[phase]["estimated"], rel=0.1)
+
+
+@pytest.mark.parametrize("rest", [struct.pack("<IQQ", 3, 0, 0), b"\xff" * 400, b"\7" * 400, b""])
+def test_a_gguf_that_is_not_whole_says_nothing_of_its_size(tmp_path, rest):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + rest)
+    load = {"path": str(tmp_path / "m.gguf")}
+    assert (config(load), parameters(load)) == (None, None)

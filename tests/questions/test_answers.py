@@ -444,6 +444,8 @@ def test_choices_that_read_alike():
     assert correct(extract("Answer: one", same), same)
     assert not correct(extract("Answer: two", same), same)
     assert not correct("A", dataclasses.replace(same, answer_as="letter"))
+    bare = Question("q", "Which literal is an empty dict?", "B", "choice", ("[]", "{}", "()"))  # a choice of braces alone
+    assert (extract("Answer: b", bare), extract("Answer: b.", bare)) == ("B", "B")
 
 
 @given(st.lists(st.text(min_size=1, max_size=20).filter(lambda text: text.strip()), min_size=2, max_size=6), st.data())

@@ -148,6 +148,7 @@ def test_control_tokens_in_a_question_are_text(template, mark):
     for special in (*MARKS, "<eos>", "<bos>"):
         i = tokenizer.convert_tokens_to_ids(special)
         assert ids.count(i) == usual.count(i), special
+    assert prompts.ids(dataclasses.replace(hostile, text=f"{hostile.text} \U000f0001"))  # an icon font's, beside the stand-ins for marks
 
 
 def test_a_question_without_control_tokens_is_encoded_as_a_whole():

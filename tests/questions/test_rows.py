@@ -11,6 +11,7 @@ from test_datasets import TEMPLATE, numbered
 
 from emreason.models.tiny import tiny_tokenizer
 from emreason.questions.answers import correct, extract, parse_number
+from emreason.questions.cells import final
 from emreason.questions.datasets import Dataset
 from emreason.questions.prompts import Prompts, render_completion
 from emreason.questions.reading import Row, asked_of
@@ -362,6 +363,7 @@ def test_a_box_may_be_without_braces_or_framed():
         "4",
         r"\frac{1}{2}",
     ]
+    assert final(r"\boxed{\left\{ 1 \right.}") == r"\left\{ 1 \right."  # a brace that is a sign
     with pytest.raises(UserError, match=r"does not end with.*skip_unusable=true"):
         questions([{"problem": f"P{i}", "solution": s} for i, s in enumerate([*told, r"So \boxed 23."])])
 

@@ -1,23 +1,19 @@
 """`make gpu-check`: what a first GPU is asked, part by part, one JSON line each as it goes; a part that fails says so and the next goes on.
 
-No network, and no package but torch, transformers, lightning, peft and hydra-core. On a CPU the same parts are small, and nothing is
-asked of their speed. `python -m emreason.bench.gpu_check [--device cpu] [--only PART …] [--out FILE]` ends with 1 if a part failed.
+No network, and no package but torch, transformers, lightning, peft, scipy, xxhash and hydra-core. On a CPU the same parts are small, and
+nothing is asked of their speed. `python -m emreason.bench.gpu_check [--device cpu] [--only PART …] [--out FILE]` ends with 1 if a part
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import importlib.machinery
-import importlib.util
 import json
-import math
 import os
 import signal
 import sys
 import time
-import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,12 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     warnings.simplefilter("ignore")
-    import lightning  # noqa: F401
-    import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
 
-    stand_in()  # now that these have looked for what is there
     from emreason.bench import gpu_parts
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,14 +64,8 @@ def run(name: str, part: Any, device: str, seconds: float) -> dict[str, Any]:
         found.wrong.append(f"{type(error).__name__}: {error}"[:500])
     finally:
         found.clear()
-    return {
-        "part": name,
-        "device": device,
-        "ok": not found.wrong,
-        "wrong": found.wrong,
-        "seconds": round(time.monotonic() - start, 1),
-        **found.values,
-    }
+    told = {"part": name, "device": device, "ok": not found.wrong, "wrong": found.wrong}
+    return told | {"seconds": round(time.monotonic() - start, 1), **found.values}
 
 
 @contextlib.contextmanager
@@ -98,32 +84,6 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def stand_in() -> None:
-    """What a run reads of xxhash and scipy, where they are not installed: a hash, and an interval."""
-    if importlib.util.find_spec("xxhash") is None:
-        _module("xxhash", xxh3_64=lambda: hashlib.blake2b(digest_size=8))
-    if importlib.util.find_spec("scipy") is None:
-        _module("scipy", stats=_module("scipy.stats", binomtest=_Binomial))
-
-
-def _module(name: str, **content: Any) -> types.ModuleType:
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
-    return module
-
-
-class _Binomial:
-    def __init__(self, successes: int, n: int):
-        self.share, self.n = successes / n, n
-
-    def proportion_ci(self, method: str) -> Any:  # noqa: ARG002
-        """Wilson's."""
-        z = 1.959963984540054
-        center, within = self.share + z * z / (2 * self.n), z * math.sqrt((self.share * (1 - self.share) + z * z / (4 * self.n)) / self.n)
-        below = 1 + z * z / self.n
-        return types.SimpleNamespace(low=(center - within) / below, high=(center + within) / below)
 
 
 if __name__ == "__main__":

@@ -130,35 +130,23 @@ def _number(key: str, form: str, scale: float = 1.0, unit: str = "") -> Any:
 
 
 def _columns(phase: str) -> dict[str, Any]:
-    ours, seconds, memory = (
-        _number("ours_is_faster_by", ".2f", unit=" ×"),
-        _number("seconds", ".1f"),
-        _number("peak_memory_bytes", ".1f", 1e9),
-    )
+    ours, memory = _number("ours_is_faster_by", ".2f", unit=" ×"), _number("peak_memory_bytes", ".1f", 1e9)
+    seconds, speed = _number("seconds", ".1f"), _number("tokens_per_second", ".0f")
     dtype, note = (lambda row: row.get("dtype", "–")), (lambda row: row.get("note", ""))
     if phase == "iteration":
-        parts = {name: _number(f"{name}_seconds", ".1f") for name in ("e_step", "m_step", "evaluation", "other")}
-        named = {
-            "E-step s": parts["e_step"],
-            "M-step s": parts["m_step"],
-            "evaluation s": parts["evaluation"],
-            "loading etc. s": parts["other"],
-        }
+        parts = {"E-step s": "e_step", "M-step s": "m_step", "evaluation s": "evaluation", "loading etc. s": "other"}
+        named = {words: _number(f"{part}_seconds", ".1f") for words, part in parts.items()}
         learned = {
             "reached": lambda row: f"{row['reached']} of {row['seeds']}" if "reached" in row else "–",
             "after one iteration": _number("accuracy", ".0%"),
         }
         return {"seconds": seconds, "theirs / ours": ours, **learned, **named, "accepted": _number("accepted", ".0f"), "host GB": memory}
     if phase == "growth":
-        return {"seconds": seconds, "tokens/s": _number("tokens_per_second", ".0f"), "host GB": memory}
+        return {"seconds": seconds, "tokens/s": speed, "host GB": memory}
     if phase == "family":
-        speeds = {
-            "tokens/s": _number("tokens_per_second", ".0f"),
-            "generate": _number("generate_tokens_per_second", ".0f"),
-            "ours / it": ours,
-        }
+        speeds = {"tokens/s": speed, "generate": _number("generate_tokens_per_second", ".0f"), "ours / it": ours}
         return {"decoder": lambda row: row["decoder"], **speeds, "rows with its ids": _number("equal_rows", ".0f")}
-    columns = {"dtype": dtype, "tokens/s": _number("tokens_per_second", ".0f"), "ours / it": ours}
+    columns = {"dtype": dtype, "tokens/s": speed, "ours / it": ours}
     columns |= {"of limit": _number("share_of_limit", ".0%"), "seconds": seconds, "host GB": memory}
     if phase == "M-step":
         columns |= {"loss off by": _number("loss_difference", ".1e"), "same work": lambda row: row.get("same_work", "–"), "note": note}

@@ -146,7 +146,7 @@ def unpacked(handle: bytes, device: torch.device) -> Iterator[tuple[str, Tensor]
 def _of_file(path: str) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (no mapping)
-            yield name, file.get_tensor(name)
+            yield name, file.get_tensor(name).clone()  # vLLM keeps those of a layer that is not whole yet; the next piece is this file
 
 
 @torch.no_grad()

@@ -43,13 +43,12 @@ UNKNOWN, PLAIN, LINE_END, END = range(4)
 
 @dataclass
 class EngineStats:
-    """Counters since the engine was made; `live` is the number of rows of the step that runs now."""
+    """Counters since the engine was made."""
 
     generated: int = 0
     prefilled: int = 0
     reused: int = 0
     steps: int = 0
-    live: int = 0
 
 
 @dataclass
@@ -127,33 +126,30 @@ class InProcessEngine:
         """
         with evaluating(self.model):
             batch: _Batch | None = None
-            try:
-                while requests or (batch is not None and batch.rows):
-                    done: list[Completion] = []
-                    full = False
-                    # Inference mode is per thread: it must not be on while the consumer runs between two yields.
-                    with torch.inference_mode():
-                        try:
-                            batch = batch or _Batch(self, make_decoder(self.model, self.dtype))
-                            batch.admit(requests, done)
-                            if batch.rows:
-                                done += batch.step()
-                        except (RuntimeError, MemoryError) as error:
-                            full = is_out_of_memory(error)
-                            if not full:
-                                raise
-                        if full:  # outside the handler, whose traceback would keep the old cache alive
-                            unfinished = [row.request for row in batch.live()] if batch is not None else []
-                            if batch is None or len(unfinished) == batch.most:
-                                self._halve(len(unfinished))
-                            else:  # the last ones: the rows of those that have ended took the memory
-                                log.warning("Out of memory with the last %d completions; they are drawn again", len(unfinished))
-                            requests.extendleft(reversed(unfinished))
-                            batch = None
-                            release_memory()
-                    yield from done
-            finally:
-                self.stats.live = 0
+            while requests or (batch is not None and batch.rows):
+                done: list[Completion] = []
+                full = False
+                # Inference mode is per thread: it must not be on while the consumer runs between two yields.
+                with torch.inference_mode():
+                    try:
+                        batch = batch or _Batch(self, make_decoder(self.model, self.dtype))
+                        batch.admit(requests, done)
+                        if batch.rows:
+                            done += batch.step()
+                    except (RuntimeError, MemoryError) as error:
+                        full = is_out_of_memory(error)
+                        if not full:
+                            raise
+                    if full:  # outside the handler, whose traceback would keep the old cache alive
+                        unfinished = [row.request for row in batch.live()] if batch is not None else []
+                        if batch is None or len(unfinished) == batch.most:
+                            self._halve(len(unfinished))
+                        else:  # the last ones: the rows of those that have ended took the memory
+                            log.warning("Out of memory with the last %d completions; they are drawn again", len(unfinished))
+                        requests.extendleft(reversed(unfinished))
+                        batch = None
+                        release_memory()
+                yield from done
 
     def _halve(self, rows: int) -> None:
         """Half as many rows from now on: what was under way is drawn again, with the same seeds, so it comes out the same."""
@@ -270,7 +266,6 @@ class _Batch:
         picked = torch.stack([torch.stack([ids.double(), logprobs.double()]) for ids, logprobs in drawn]).cpu().numpy()
         ids, logprobs = picked[:, 0].astype(np.int64).T[: len(self.rows)], picked[:, 1].T[: len(self.rows)]
         self.stats.steps += steps
-        self.stats.live = len(self.rows)
         done = []
         for index, (row, *taken) in enumerate(
             zip(self.rows, ids.tolist(), logprobs.tolist(), self.engine.kinds(ids).tolist(), strict=True)

@@ -46,10 +46,9 @@ def run(cfg: DictConfig, folder: Path) -> float:
     hint = Hint(**lab.hint)
     model = make_tabular(lab.questions, lab.answers, lab.letters, lab.max_length, cfg.seed, lab.sharpness, hint)
     curves = {EXACT: curve(model, None, lab.iterations)}
-    for config in lab.schemes.values():
-        scheme = hydra.utils.instantiate(config)
-        curves[scheme.display] = curve(model, scheme, lab.iterations, lab.draws, cfg.seed)
-    still = {s.display: unchanged(model, s, lab.iterations) for s in map(hydra.utils.instantiate, lab.schemes.values())}
+    schemes: list[Scheme] = [hydra.utils.instantiate(config) for config in lab.schemes.values()]
+    curves |= {s.display: curve(model, s, lab.iterations, lab.draws, cfg.seed) for s in schemes}
+    still = {s.display: curve(model, s, lab.iterations - 1, learns=False).kl if s.persists else None for s in schemes}
     found: dict[str, Any] = {name: vars(c) | {"kl_of_unchanging_model": still.get(name)} for name, c in curves.items()}
     write_json(folder / "exact.json", found)
     console = Console()
@@ -60,8 +59,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     return curves[EXACT].log_marginal[-1]
 
 
-def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0, seed: int = 0) -> Curve:
-    """EM from `model` with the E-step of `scheme` in expectation (None: the exact posterior)."""
+def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0, seed: int = 0, learns: bool = True) -> Curve:
+    """EM from `model` with the E-step of `scheme` in expectation (None: the exact posterior); `learns`: with M-steps."""
     counted = scheme is not None and draws and scheme.weigh != "contrast"  # fractions of draws have no χ²
     p = chi_square(model, scheme, draws, seed) if counted and scheme is not None else None
     acceptance, distance, likelihood = [], [], []
@@ -72,21 +71,9 @@ def curve(model: Tabular, scheme: Scheme | None, iterations: int, draws: int = 0
         acceptance.append(float(weights.sum(1).mean()))
         distance.append(float(kl(model.posterior(), weights).mean()))
         likelihood.append(float(model.log_marginal().mean()))
-        if iteration < iterations:
+        if learns and iteration < iterations:
             model = model.m_step(weights)
     return Curve(acceptance, distance, likelihood, p)
-
-
-def unchanged(model: Tabular, scheme: Scheme, iterations: int) -> list[float] | None:
-    """KL(posterior ‖ scheme) after 1 … `iterations` iterations without an M-step; None for schemes that remember nothing."""
-    if not scheme.persists:
-        return None
-    law: Tensor | None = None
-    found = []
-    for _ in range(iterations):
-        law = accepted(model, scheme, law)
-        found.append(float(kl(model.posterior(), law).mean()))
-    return found
 
 
 def chi_square(model: Tabular, scheme: Scheme, draws: int, seed: int) -> float:
@@ -193,5 +180,4 @@ def draw(curves: Mapping[str, Curve], still: Mapping[str, list[float] | None], p
         handles, labels = left.get_legend_handles_labels()
         columns = len(labels) if len(labels) < 7 else -(-len(labels) // 2)
         figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -177,5 +177,4 @@ def draw(model: Tabular, series: Mapping[str, Mapping[str, Moments]], path: Path
         axes.set_ylabel("tokens until signal = noise")
         axes.margins(x=0.14)
         axes.set_ylim(bottom=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

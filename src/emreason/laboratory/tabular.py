@@ -155,13 +155,11 @@ def accepted(model: Tabular, scheme: Scheme, before: Tensor | None = None) -> Te
     draws = {proposal: model.log_correct(proposal).exp() for proposal in set(scheme.tries)}
     if scheme.asks_again and "rationalization" in draws:
         draws["rationalization"] = draws["rationalization"] * (model.y_logits.argmax(1) == model.gold[:, None])
-    if scheme.weigh == "contrast" and len(scheme.tries) == 1:
-        return draws["rationalization"] * _contrast(model)
     total, reached = torch.zeros_like(model.z_logits), torch.ones_like(model.z_logits[:, :1])
     for proposal in scheme.tries:
         total = total + reached * draws[proposal]
         reached = reached * (1 - draws[proposal].sum(1, keepdim=True))
-    return total
+    return total * _contrast(model) if scheme.weigh == "contrast" else total
 
 
 def _self_normalized(target: Tensor, proposal: Tensor, k: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +22,13 @@ def master_weights(parameters: Sequence[nn.Parameter], restored: Sequence[Tensor
     sources = parameters if restored is None else restored
     masters = [nn.Parameter(s.detach().to(device=p.device, dtype=torch.float32).clone()) for p, s in zip(parameters, sources, strict=True)]
 
-    def move(master: nn.Parameter) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
+    def move(master: nn.Parameter, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
             parameter.grad = None
 
-        return hook
-
     for parameter, master in zip(parameters, masters, strict=True):
-        parameter.register_post_accumulate_grad_hook(move(master))
+        parameter.register_post_accumulate_grad_hook(partial(move, master))
     return masters
 
 

@@ -41,6 +41,10 @@ def _folders(path: str) -> list[Path]:
     return sorted(cache.glob("*"), key=lambda folder: folder.stat().st_mtime)[-1:]
 
 
+BROKEN = (OSError, ValueError, LookupError, OverflowError, struct.error)
+"""What reading a file that is not whole raises."""
+
+
 def config(load: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The keys of its `config.json` that tell how large a model is; None where it is not on this machine, or no file has it."""
     if "shape" in load:
@@ -52,7 +56,7 @@ def config(load: Mapping[str, Any]) -> Mapping[str, Any] | None:
         for folder in _folders(str(load["path"])) if "path" in load else []:
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else None
-    except (OSError, ValueError, struct.error):
+    except BROKEN:
         pass
     return None
 
@@ -61,7 +65,7 @@ def parameters(load: Mapping[str, Any]) -> int | None:
     """How many the weights' files hold, by their headers; None where that cannot be told."""
     try:
         return sum(map(_header_parameters, weight_files(load))) or None
-    except (OSError, ValueError, KeyError, struct.error):
+    except BROKEN:
         return None
 
 

@@ -243,7 +243,7 @@ def _letter(line: str, question: Question, heading: bool) -> tuple[str | None, b
     if _core(line) in choices and any(c.isalnum() for c in rest):  # "A dog" may be a choice's text
         return (letter if own == _core(line) else None), False
     small = match["letter"].islower() and not opened.strip()
-    if own in said and not (small and not set_off and rest[0] not in ".:"):
+    if own in said and not (small and not set_off and rest[:1] not in (".", ":")):
         return letter, own == _core(bracketed)
     if not any(c.isalnum() for c in rest):
         return (letter if stands(rest) else None), False

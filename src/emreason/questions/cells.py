@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from emreason.questions.grammar.typeset import braced
 from emreason.types import UserError
 
 ABSENT = frozenset(("nan", "null", "n/a", "#n/a", "<na>", "#value!", "#div/0!", "#ref!"))  # without case
@@ -75,12 +76,8 @@ def final(text: str) -> str:
         return ""
     if bare := boxes[-1]["bare"]:
         return bare
-    last, depth = text[boxes[-1].end() :], 1
-    for end, c in enumerate(last):
-        depth += (c == "{") - (c == "}")
-        if depth == 0:
-            return last[:end].strip()
-    return ""
+    end = braced(text, boxes[-1].end(), len(text))
+    return "" if end is None else text[boxes[-1].end() : end].strip()
 
 
 def marked_one(value: Any, choices: int) -> int | None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from emreason.questions.answers import check, check_types, gold_text
+from emreason.questions.cells import as_text
 from emreason.questions.grammar.numbers import parse_number
 from emreason.questions.grammar.typeset import normalise
 from emreason.questions.options import Option, position
@@ -159,8 +160,8 @@ class Dataset:
             raise UserError(f"{where}: the training split of {self.name} has no question with the id {example['id']!r}.")
         if example.get("question") is None or example.get("answer") is None:
             raise UserError(f"{where} needs the `id` of a training question, or a `question` and its `answer`.")
-        choices = tuple(_word(choice) for choice in example.get("choices") or ())
-        answer = _word(example["answer"])
+        choices = tuple(as_text(choice, where, "choices") for choice in example.get("choices") or ())
+        answer = as_text(example["answer"], where, "answer")
         place = position(answer, [Option(None, choice) for choice in choices], "text")
         if place is not None and answer not in tuple(LETTERS[: len(choices)]):
             answer = LETTERS[place]
@@ -168,11 +169,6 @@ class Dataset:
         question = Question(f"example-{number}", str(example["question"]), answer, kind, choices)
         check(question, where)
         return Demonstration(self._answered(question), rationale)
-
-
-def _word(value: Any) -> str:
-    """YAML reads the words yes and no as true and false."""
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _short(text: str, length: int) -> str:

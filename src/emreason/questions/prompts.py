@@ -205,8 +205,8 @@ class Prompts:
             written = [content.replace(mark, chr(PLACEHOLDER + i)) for content in written]
         text = self._render([(role, content) for (role, _), content in zip(turns, written, strict=True)]) + tail
         ids: list[int] = []
-        for piece in re.split(f"([{chr(PLACEHOLDER)}-{chr(PLACEHOLDER + len(marks))}])", text):
-            if piece and PLACEHOLDER <= ord(piece[0]) <= PLACEHOLDER + len(marks):
+        for piece in re.split(f"([{chr(PLACEHOLDER)}-{chr(PLACEHOLDER + len(marks) - 1)}])", text):
+            if piece and PLACEHOLDER <= ord(piece[0]) < PLACEHOLDER + len(marks):
                 mark = longest_first[ord(piece[0]) - PLACEHOLDER]
                 ids += [*following(self.tokenizer, "a", mark[0]), *following(self.tokenizer, mark[0], mark[1:])]
             elif piece:
@@ -263,12 +263,8 @@ def chat(tokenizer: Any, turns: Sequence[tuple[str, str]], keys: Mapping[str, An
 
 def plain_text(turns: Sequence[tuple[str, str]]) -> str:
     """The turns without a chat template."""
-    parts = []
-    for role, content in turns:
-        parts.append(
-            {"system": f"{content}\n\n" if content else "", "user": f"Question: {content}\nReasoning:"}.get(role, f" {content}\n\n")
-        )
-    return "".join(parts)
+    forms = {"system": "{}\n\n", "user": "Question: {}\nReasoning:", "assistant": " {}\n\n"}
+    return "".join(forms[role].format(content) for role, content in turns if content or role != "system")
 
 
 def end_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ Series = Callable[[Run], list[float | None]]
 
 def bare(iteration: Iteration) -> float | None:
     """Share of the accepted rationales that state an answer without, or before, any reasoning; None where it was not measured."""
-    found = [iteration.diagnostics.get(key) for key in ("trivial_rate", "answer_first_rate")]
+    found = [iteration.numbers.get(f"e_step/{key}") for key in ("trivial_rate", "answer_first_rate")]
     known = [share for share in found if share is not None]
     return sum(known) if known else None
 
@@ -59,7 +59,7 @@ def _draw(group: Sequence[Run], colours: dict[str, tuple[str, str]], name: str, 
         "solved without a hint (%)": lambda run: [100 * i.validation.accuracy if i.validation else None for i in run.iterations],
         "bare answers of the accepted (%)": lambda run: [None if (share := bare(i)) is None else 100 * share for i in run.iterations],
         "entropy of a draw (nats)": lambda run: [entropies[run.folder].get(i.index) for i in run.iterations],
-        "log π(y*|x) (nats)": lambda run: [i.diagnostics.get("log_marginal") for i in run.iterations],
+        "log π(y*|x) (nats)": lambda run: [i.numbers.get("validation/log_marginal") for i in run.iterations],
     }
     measured = {title: y for title, y in series.items() if any(value is not None for run in group for value in y(run))}
     with rc_context(STYLE):  # type: ignore[arg-type]

@@ -12,15 +12,7 @@ from emreason.runs.keys import within
 from emreason.scores import stats
 
 ZERO_SHOT, FEW_SHOT = "zero-shot baseline", "few-shot baseline"
-_MEASURED_BY = (
-    "dataset.path",
-    "dataset.load",
-    "dataset.prompt",
-    "dataset.answer_as",
-    "dataset.limit.test",
-    "model",
-    "evaluation.max_new_tokens",
-)
+_MEASURED_BY = (*(f"dataset.{key}" for key in ("path", "load", "prompt", "answer_as", "limit.test")), "model", "evaluation.max_new_tokens")
 MEASURED_BY = {ZERO_SHOT: _MEASURED_BY, FEW_SHOT: (*_MEASURED_BY, "dataset.demonstrations", "evaluation.few_shot")}
 """Config keys that a baseline depends on."""
 SIGNIFICANT = 0.05

@@ -78,7 +78,8 @@ class Curve:
 class Plot:
     """One figure to draw: what a run contributes to it (`x` and `y`, of equal length; `y` None where it was not measured) and how it reads.
 
-    Shares are drawn in percent, from 0; other quantities on their own scale. `few_shot` draws the baseline, `chance` a dotted companion.
+    Shares are drawn in percent, from 0; other quantities on their own scale. Accuracies have the few-shot baseline,
+    `chance` is a dotted companion.
     """
 
     name: str
@@ -88,7 +89,6 @@ class Plot:
     y: Callable[[Run], list[float | None]]
     caption: str
     share: bool = True
-    few_shot: bool = False
     chance: Callable[[Run], list[float | None]] | None = None
 
 
@@ -113,7 +113,6 @@ PLOTS = [
         lambda run: [0.0, *(i.index + 1.0 for i in run.iterations)],
         _accuracy,
         "Validation accuracy after each EM iteration. Line: mean over finished seeds; points: seeds; band: their range.",
-        few_shot=True,
     ),
     Plot(
         "accuracy_per_token",
@@ -122,7 +121,6 @@ PLOTS = [
         lambda run: cumulative([i.tokens for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal generation cost; the tokens of rejected attempts are charged. {BOTH}",
-        few_shot=True,
     ),
     Plot(
         "accuracy_per_second",
@@ -131,7 +129,6 @@ PLOTS = [
         lambda run: cumulative([i.seconds for i in run.iterations]),
         _accuracy,
         f"Validation accuracy at equal training time; evaluation is not charged. {BOTH}",
-        few_shot=True,
     ),
     Plot(
         "acceptance",
@@ -211,7 +208,7 @@ def _draw(plot: Plot, runs: Sequence[Run], counted: set[Path], colours: dict[str
                 extras["chance acceptance"] = CHANCE
                 for line in lines:
                     ax.plot(line.x, np.multiply(line.y, scale), **CHANCE | {"color": colours[label][0]})
-            if plot.few_shot and (by_seed := {run.seed: run.few_shot.accuracy for run in group if run.few_shot}):
+            if plot.y is _accuracy and (by_seed := {run.seed: run.few_shot.accuracy for run in group if run.few_shot}):
                 extras["few-shot (test)"] = BASELINE
                 ax.axhline(scale * fmean(by_seed.values()), **BASELINE)
             if plot.share:

@@ -21,17 +21,6 @@ SKIPPED_FOLDERS = {".hydra", "checkpoints", "model", "rationales", "predictions"
 _TELLING = {"trainer", "token_budget", "peft.merge", "callbacks.early_stopping.monitor", "callbacks.early_stopping.mode", *DATA_PATHS}
 INCIDENTAL = set(MAY_CHANGE) - _TELLING
 """Config keys that may differ between two runs of one experiment."""
-# diagnostic -> the part of an iteration's record that holds it
-DIAGNOSTICS = {
-    "trivial_rate": "e_step",
-    "answer_first_rate": "e_step",
-    "hint_mention_rate": "e_step",
-    "distinct_rate": "e_step",
-    "faithful_rate": "e_step",
-    "move_rate": "e_step",
-    "kl_per_token": "validation",
-    "log_marginal": "validation",
-}
 SCHEME_ORDER = {"rs": 0, "star": 1, "pps": 2}
 
 
@@ -52,7 +41,7 @@ class Score:
 class Iteration:
     """One EM iteration: acceptance and tokens of its E-step, seconds of E-step and M-step together, and the scores after it.
 
-    `diagnostics`: those of `DIAGNOSTICS` that were measured. `numbers`: all there are, by the names that loggers get.
+    `numbers`: all that was measured, by the names that loggers get.
     """
 
     index: int
@@ -63,7 +52,6 @@ class Iteration:
     rationale_tokens: float | None
     errored: int
     validation: Score | None
-    diagnostics: dict[str, float] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -201,7 +189,6 @@ def _parse(run: Run, summary: dict[str, Any]) -> Run:
 
 def _iteration(row: dict[str, Any]) -> Iteration:
     e_step, m_step = row["e_step"], row.get("m_step") or {}
-    found = {key: _number((row.get(part) or {}).get(key)) for key, part in DIAGNOSTICS.items()}
     return Iteration(
         index=int(row["iteration"]),
         acceptance=float(e_step["acceptance_rate"]),
@@ -211,7 +198,6 @@ def _iteration(row: dict[str, Any]) -> Iteration:
         rationale_tokens=_number(e_step.get("rationale_tokens_mean")),
         errored=int(e_step.get("errored") or 0),
         validation=_score(row.get("validation")),
-        diagnostics={key: value for key, value in found.items() if value is not None},
         numbers=scalars(row),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from emreason.reports.comparison import SIGNIFICANT, Cell, Comparison
 from emreason.reports.forms import DAGGER, Entry, Table
-from emreason.reports.reading import DIAGNOSTICS, Iteration, Run, Score
+from emreason.reports.reading import Iteration, Run, Score
 
 
 def paper_table(comparison: Comparison) -> Table:
@@ -48,27 +48,15 @@ def caption() -> str:
 
 def pairs_table(comparison: Comparison) -> Table:
     """Every pair compared: difference in percentage points with its 95 % interval, raw and Holm-corrected p-values."""
-    rows = [
-        [
-            Entry(p.dataset),
-            Entry(p.model),
-            Entry(f"{p.first} − {p.second}"),
-            Entry(f"{_points(p.difference.estimate)} [{_points(p.difference.low)}, {_points(p.difference.high)}]"),
-            Entry(_p(p.difference.p)),
-            Entry(_p(p.p_holm), p.p_holm < SIGNIFICANT),
-            Entry(str(p.difference.seeds)),
-            Entry(str(p.difference.questions)),
-            Entry(p.test),
-        ]
-        for p in comparison.pairs
-    ]
+    rows = []
+    for p in comparison.pairs:
+        d = p.difference
+        apart = f"{_points(d.estimate)} [{_points(d.low)}, {_points(d.high)}]"
+        texts = [p.dataset, p.model, f"{p.first} − {p.second}", apart, _p(d.p), _p(p.p_holm), str(d.seeds), str(d.questions), p.test]
+        rows.append([Entry(text, n == 5 and p.p_holm < SIGNIFICANT) for n, text in enumerate(texts)])
     columns = ["dataset", "model", "pair", "difference (points)", "p", "p (Holm)", "seeds", "questions", "test"]
-    return Table(
-        "Paired comparisons (bootstrap over questions and seeds and t-test over seeds, the larger p; one seed: exact McNemar)",
-        columns,
-        rows,
-        (3, 4, 5, 6, 7),
-    )
+    title = "Paired comparisons (bootstrap over questions and seeds and t-test over seeds, the larger p; one seed: exact McNemar)"
+    return Table(title, columns, rows, (3, 4, 5, 6, 7))
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -104,6 +92,14 @@ RUN_COLUMNS = [
 OPTIONAL = ("zero-shot", "few-shot", "forced test")  # no column where no run has it
 
 
+DIAGNOSTICS = {
+    **{"e_step/trivial_rate": "trivial", "e_step/answer_first_rate": "answer first", "e_step/hint_mention_rate": "mentions hint"},
+    **{"e_step/distinct_rate": "distinct", "e_step/faithful_rate": "faithful", "e_step/move_rate": "chain moves"},
+    **{"validation/kl_per_token": "KL per token", "validation/log_marginal": "log π(y*|x)"},
+}
+"""What an iteration has measured, by the name that loggers get, and the column that says it."""
+
+
 def diagnostics_table(runs: Sequence[Run]) -> Table:
     """One row per scheme: what its accepted rationales of the last iteration look like, and the model after it; means over finished runs.
 
@@ -111,20 +107,19 @@ def diagnostics_table(runs: Sequence[Run]) -> Table:
     """
     groups: dict[tuple[str, str, str], list[Iteration]] = {}
     for run in runs:
-        if run.problem is None and run.iterations and run.iterations[-1].diagnostics:
+        if run.problem is None and run.iterations and DIAGNOSTICS.keys() & run.iterations[-1].numbers:
             groups.setdefault((run.dataset, run.model, run.label), []).append(run.iterations[-1])
     several = len({key[:2] for key in groups}) > 1
-    measured = [key for key in DIAGNOSTICS if any(key in i.diagnostics for last in groups.values() for i in last)]
+    measured = [key for key in DIAGNOSTICS if any(key in i.numbers for last in groups.values() for i in last)]
     rows = []
     for (dataset, model, label), last in groups.items():
         row = [*((dataset, model) if several else ()), label, str(len(last))]
         for key in measured:
-            values = [i.diagnostics[key] for i in last if key in i.diagnostics]
+            values = [i.numbers[key] for i in last if key in i.numbers]
             average = sum(values) / len(values) if values else None
             row.append(percent(average) if key.endswith("_rate") or average is None else f"{average:.3f}".replace("-", "−"))
         rows.append([Entry(text) for text in row])
-    headings = ["trivial", "answer first", "mentions hint", "distinct", "faithful", "chain moves", "KL per token", "log π(y*|x)"]
-    names = [heading for key, heading in zip(DIAGNOSTICS, headings, strict=True) if key in measured]
+    names = [DIAGNOSTICS[key] for key in measured]
     columns = [*(["dataset", "model"] if several else []), "scheme", "runs", *names]
     where = "" if several or not groups else ": {}, {}".format(*next(iter(groups)))
     title = f"Accepted rationales of the last iteration (%), and the model after it (nats){where}"
@@ -196,7 +191,7 @@ def _p(value: float) -> str:
 def thousands(count: float) -> str:
     """A count for people: 812, 41.2k, 3.1M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if count >= size:
+        if count >= 0.99995 * size:  # 999,960 is 1.0M
             return f"{count / size:.1f}{unit}"
     return f"{count:.0f}"
 

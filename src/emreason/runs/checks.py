@@ -183,20 +183,6 @@ def check_plain(cfg: DictConfig) -> None:
 _ABSENT = object()
 
 
-def try_optimizer(make: Callable[..., Any]) -> None:
-    """Make the optimizer of one number, to hear of bad settings before a model is loaded.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    import torch
-
-    try:
-        make([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer: {error}.") from error
-
-
 def _check_devices(cfg: DictConfig) -> None:
     """Devices that are there, and strategies under which the M-step's own gradient sum over ranks is right."""
     accelerator, devices = cfg.trainer.get("accelerator", "auto"), cfg.trainer.get("devices", 1)

@@ -18,7 +18,7 @@ from emreason.models.sizes import describe
 from emreason.progress import doing, rank, say
 from emreason.questions.datasets import SPLITS, Dataset
 from emreason.questions.prompts import Prompts
-from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted, try_optimizer
+from emreason.runs.checks import SHARDING, check_arguments, check_plain, check_values, quoted
 from emreason.runs.console import find_here, quiet
 from emreason.runs.needs import free_on_host, needs
 from emreason.schemes.samplers import Scheme
@@ -119,10 +119,15 @@ def read(cfg: DictConfig) -> Settings:
     Raises:
         UserError, HydraException: a value is not allowed.
     """
+    import torch
+
     load_libraries(cfg)
     make = hydra.utils.instantiate
     optimizer, dataset = make(cfg.optimizer), make(cfg.dataset)
-    try_optimizer(optimizer)
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])  # bad settings are heard of before a model is loaded
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer: {error}.") from error
     if cfg.hub.push:
         _check_token()
     if cfg.trainer.get("deterministic") is True and on(cfg) == "cuda":

@@ -6,14 +6,12 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from emreason.models.footprint import GIB, Bytes, Shape, Work, footprint, read_shape
+from emreason.models.footprint import GIB, Shape, Work, footprint, read_shape
 from emreason.models.sizes import config
 from emreason.questions.datasets import Dataset
 from emreason.questions.prompts import Prompts
@@ -33,7 +31,7 @@ def needs(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, dty
         device: `cpu` or `cuda`.
         free: bytes; None where that cannot be told.
     """
-    shape = read_shape(_config(cfg.model.load) or {})
+    shape = read_shape(config(cfg.model.load) or {})
     if shape is None:
         return []
     work = work_of(cfg, dataset, scheme, questions, dtype, device)
@@ -46,7 +44,7 @@ def needs(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, dty
         large = ", ".join(
             f"{n} {ranks * b / GIB:.1f}" for n, b in sorted(parts.items(), key=lambda part: -part[1]) if ranks * b >= 0.05 * GIB
         )
-        told.append(f"{phase} {ranks * total(parts) / GIB:.1f} GiB ({large})")
+        told.append(f"{phase} {ranks * sum(parts.values()) / GIB:.1f} GiB ({large})")
     lines = [f"Memory {where + ', ' if where else ''}at most, estimated in {dtype}: {'; '.join(told)}"]
     if free is not None:
         lines[0] += f"; free: {free / GIB:.1f} GiB"
@@ -89,27 +87,22 @@ def work_of(cfg: DictConfig, dataset: Dataset, scheme: Scheme, questions: int, d
     )
 
 
-def total(parts: Bytes) -> float:
-    """Of all parts."""
-    return sum(parts.values())
-
-
 def peak(shape: Shape, work: Work) -> float:
     """Bytes of the larger phase."""
-    return max(map(total, footprint(shape, work).values()))
+    return max(sum(parts.values()) for parts in footprint(shape, work).values())
 
 
 def too_little(shape: Shape, work: Work, free: float) -> str:
     """One sentence: what is needed, and the three cheapest ways to need less; those that suffice first."""
-    phases = footprint(shape, work)
-    worst = max(phases, key=lambda phase: total(phases[phase]))
+    totals = {phase: sum(parts.values()) for phase, parts in footprint(shape, work).items()}
+    worst = max(totals, key=totals.__getitem__)
     ways = [(words, peak(shape, changed)) for words, changed in _mends(work)]
-    helping = [(words, needed) for words, needed in ways if needed < 0.98 * total(phases[worst])]
+    helping = [(words, needed) for words, needed in ways if needed < 0.98 * totals[worst]]
     helping.sort(key=lambda way: max(way[1] - free, 0))  # of those that suffice the first is the cheapest
     enough = bool(helping) and helping[0][1] <= free
     shown = [f"{words} ({needed / GIB:.1f})" for words, needed in helping[: 3 if enough else 2]] + ([] if enough else ["a smaller model"])
     said = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
-    return f"The {worst} may need {total(phases[worst]) / GIB:.1f} GiB and {free / GIB:.1f} are free; use {said}."
+    return f"The {worst} may need {totals[worst] / GIB:.1f} GiB and {free / GIB:.1f} are free; use {said}."
 
 
 def _mends(work: Work) -> list[tuple[str, Work]]:
@@ -135,10 +128,6 @@ def _mends(work: Work) -> list[tuple[str, Work]]:
         words = ["engine.max_batch=8", "m_step.gradient_checkpointing=true", "engine.dtype=bfloat16", "peft=lora"]
         found.append((f"all of {' '.join(words)}", everything))
     return found
-
-
-def _config(load: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return config(OmegaConf.to_container(load, resolve=True) if OmegaConf.is_config(load) else load)  # type: ignore[arg-type]
 
 
 def free_on_host() -> float | None:

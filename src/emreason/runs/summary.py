@@ -78,12 +78,6 @@ def begun(folder: Path, before: dict[str, Any]) -> bool:
     return before.get("baseline") is not None or bool(before.get("iterations")) or (folder / "rationales").exists()
 
 
-def nothing_left(before: dict[str, Any], max_epochs: int, token_budget: int | None) -> bool:
-    """Whether a run with this summary has come to its end."""
-    done = before.get("iterations", [])
-    return before.get("status") == "finished" and len(done) >= iterations_wanted(done, max_epochs, token_budget)
-
-
 def ended(folder: Path, config: str, dataset: Dataset, max_epochs: int, token_budget: int | None) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do under this config; None where it begins or goes on.
 
@@ -91,7 +85,8 @@ def ended(folder: Path, config: str, dataset: Dataset, max_epochs: int, token_bu
         UserError: the run was begun under another config or with other questions.
     """
     before, path = read_summary(folder), folder / "config.yaml"
-    finished = nothing_left(before, max_epochs, token_budget)
+    done = before.get("iterations", [])
+    finished = before.get("status") == "finished" and len(done) >= iterations_wanted(done, max_epochs, token_budget)
     if begun(folder, before):
         check_same_config(folder, config)
         check_same_data(before.get("data"), dataset, finished)

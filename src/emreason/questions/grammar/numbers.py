@@ -118,12 +118,7 @@ def parse_number(text: str) -> Fraction | None:
         return None
     text = undressed(text.strip())
     read = read_number(text)
-    return None if read is None or read[1].strip(" .") or _LETTERS.search(text) else _value(read[0])
-
-
-def _value(number: str) -> Fraction:
-    numerator, _, denominator = number.partition("/")
-    return Fraction(numerator) / Fraction(denominator or 1)
+    return None if read is None or read[1].strip(" .") or _LETTERS.search(text) else Fraction(read[0])
 
 
 def same_number(one: str, other: str) -> bool:

@@ -107,19 +107,7 @@ def braced(text: str, begin: int, limit: int = 1000) -> int | None:
 
 DEPTH = 8
 """Wrappers within wrappers at most: time stays linear."""
-_PAIRS = (
-    ("**", "**"),
-    ("__", "__"),
-    ("$$", "$$"),
-    ("\\(", "\\)"),
-    ("\\[", "\\]"),
-    ("`", "`"),
-    ("*", "*"),
-    ("_", "_"),
-    ("$", "$"),
-    ('"', '"'),
-    ("'", "'"),
-)
+_PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), *((mark, mark) for mark in ("**", "__", "$$", "`", "*", "_", "$", '"', "'")))
 _COMMAND = re.compile(rf"\\(?:{_DRESS})\s{{0,3}}\{{")
 _OPEN_TAG = re.compile(r"<([A-Za-z][A-Za-z0-9_]{0,20})>")
 
