@@ -119,9 +119,9 @@ def read(cfg: DictConfig) -> Settings:
     Raises:
         UserError, HydraException: a value is not allowed.
     """
+    load_libraries(cfg)  # which tells of bad values before it imports PyTorch
     import torch
 
-    load_libraries(cfg)
     make = hydra.utils.instantiate
     optimizer, dataset = make(cfg.optimizer), make(cfg.dataset)
     try:
