@@ -1929,7 +1929,7 @@ FAULTS = [
     fault(
         "keep_model=false keeps it",
         "train.py",
-        'if not getattr(settings, f"keep_{name}") and rank() == 0:',
+        'if not getattr(settings, f"keep_{name}"):',
         "if False:",
         "test_leaving.py::test_a_runs_card_chats_and_merged_model_go_to_the_hub",
     ),
